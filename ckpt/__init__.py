@@ -1,0 +1,1 @@
+"""ckpt: distributed checkpoints for torch.distributed training."""

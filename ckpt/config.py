@@ -1,0 +1,75 @@
+"""Every limit and option, once.
+
+In: nothing, or the environment (read at call time, in `from_environment` only). Out: frozen records. Never does I/O.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from dataclasses import dataclass
+
+from ckpt.errors import InvalidInputError
+
+KIB = 1024
+MIB = 1024 * KIB
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    """What can be tuned; each field is also the environment variable `CKPT_<FIELD>` in capitals."""
+
+    commit_timeout_s: float = 600.0  # the committer waits this long for all receipts
+    outcome_grace_s: float = 30.0  # other ranks wait this much longer for the outcome
+    exchange_timeout_s: float = 300.0  # one exchange between ranks before a save or load
+    poll_start_s: float = 0.002  # first pause between looks at the store
+    poll_max_s: float = 0.25  # longest pause between looks
+    chunk_bytes: int = 16 * MIB  # one buffer of the write path
+    write_buffers: int = 3  # buffers of the write path per save
+    read_bytes_max: int = 16 * MIB  # one read
+    read_gap_bytes_max: int = 16 * KIB  # two ranges nearer than this are read as one
+    read_threads: int = 4
+    part_bytes: int = 16 * MIB  # one part of a multipart upload
+    store_threads: int = 8  # requests in flight to an object store
+    store_attempts: int = 5  # tries of one request to an object store
+    connect_timeout_s: float = 10.0
+    read_timeout_s: float = 60.0
+    claim_ttl_s: float = 900.0  # stores without conditional writes: a claim older than this is dead
+    gc_grace_s: float = 3600.0  # unpublished attempts younger than this are kept by gc
+    direct_io: bool = True  # write images around the page cache where the file system can
+
+    def __post_init__(self) -> None:
+        for field in dataclasses.fields(self):
+            value = getattr(self, field.name)
+            if not isinstance(value, bool) and value <= 0:
+                raise InvalidInputError(f"option `{field.name}` must be positive, found {value}")
+
+
+def from_environment(base: Options | None = None, **changes: object) -> Options:
+    """Options from `base`, overridden by `CKPT_...` variables, overridden by `changes` that are not None."""
+    base = base or Options()
+    values: dict[str, object] = {}
+    for field in dataclasses.fields(Options):
+        text = os.environ.get(f"CKPT_{field.name.upper()}")
+        if text is not None:
+            values[field.name] = _parse(field.name, text, type(getattr(base, field.name)))
+    values.update({name: value for name, value in changes.items() if value is not None})
+    return dataclasses.replace(base, **values)  # type: ignore[arg-type]
+
+
+def _parse(name: str, text: str, kind: type) -> object:
+    try:
+        if kind is bool:
+            return {"0": False, "false": False, "1": True, "true": True}[text.lower()]
+        return kind(text)
+    except (KeyError, ValueError):
+        raise InvalidInputError(
+            f"environment variable CKPT_{name.upper()} must be a {kind.__name__}, found {text!r}"
+        ) from None
+
+
+# Limits of the format (docs/reference/format.md); a file beyond them is refused, not read.
+HEADER_BYTES_MAX = 100_000_000  # of an image; safetensors' own limit
+MANIFEST_BYTES_MAX = 64 * MIB
+TENSOR_DIMS_MAX = 32
+OBJECT_BYTES_MAX = 256 * MIB

@@ -1,0 +1,75 @@
+"""What a checkpoint says of one tensor, and the columns that describe many boxes in memory.
+
+In: nothing. Out: `TensorSpec`, `PieceTable`, `StoredObject`. Pure. The common vocabulary of state, plan, format and engine.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ckpt.errors import InvalidInputError
+from ckpt.format.dtypes import dtype_of
+from ckpt.layout.box import BoxTable, Int64Array
+
+ObjectKind = Literal["replicated", "rank", "loader", "optimizer"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class TensorSpec:
+    """A named global array."""
+
+    name: str  # "<state key>/<name>", e.g. "model/layers.3.attention.wq.weight", "optimizer/layers.3...weight/exp_avg"
+    role: str  # "param", "buffer", "optim.<slot>", "tensor"
+    dtype: str  # a name of ckpt.format.dtypes
+    shape: tuple[int, ...]  # global, elements
+
+    def __post_init__(self) -> None:
+        dtype_of(self.dtype)
+        if not self.name or "\x00" in self.name or len(self.name.encode()) > 1024:
+            raise InvalidInputError(f"tensor name {self.name!r} is empty, longer than 1,024 bytes or holds a NUL")
+
+    @property
+    def itemsize(self) -> int:
+        return dtype_of(self.dtype).itemsize
+
+    @property
+    def nbytes(self) -> int:
+        return math.prod(self.shape) * self.itemsize
+
+
+@dataclass(frozen=True, kw_only=True)
+class PieceTable:
+    """Boxes of this rank with their places in this process's memory.
+
+    Row i: box i lies at byte `address[i]`, element (i0, i1, ...) of the box at `address + sum(i_d * strides[i, d])`, and all
+    of its bytes lie in `[address[i], limit[i])`. Strides are bytes, never negative; those of padded dims are 0.
+    """
+
+    boxes: BoxTable
+    address: NDArray[np.uint64]  # [N] host memory
+    limit: NDArray[np.uint64]  # [N] exclusive end of the memory that may be touched
+    strides: Int64Array  # [N, D] bytes
+
+    def __post_init__(self) -> None:
+        assert len(self.boxes) == len(self.address) == len(self.limit) == len(self.strides)
+        assert self.strides.shape == self.boxes.offsets.shape
+
+
+@dataclass(frozen=True, kw_only=True)
+class StoredObject:
+    """One non-tensor part of a rank's state: a typed tree (ckpt.format.objects), encoded.
+
+    kind: `replicated`: the same on every rank, or refused on a changed world when it is not;
+    `rank`: belongs to this rank (RNG); `loader`: belongs to a data-parallel rank; `optimizer`: param groups by name.
+    """
+
+    name: str  # the state key, e.g. "scheduler"
+    kind: ObjectKind
+    payload: bytes  # UTF-8 JSON
+    dp_rank: int = -1  # of a loader; -1: not known
+    dp_size: int = -1

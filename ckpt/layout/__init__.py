@@ -1,0 +1,1 @@
+"""Where elements live: boxes, meshes, placements, flat ranges and layout files. Pure."""

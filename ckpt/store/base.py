@@ -1,0 +1,94 @@
+"""What ckpt asks of a place that holds bytes by key.
+
+In: keys (relative, `/`-separated, checked) and bytes. Out: bytes. A `Store` never interprets what it holds, never retries a
+write that may have landed without saying so, and turns every failure of its back end into a `ckpt.errors` class.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Literal, Protocol
+
+Durability = Literal["fsync", "acknowledged"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Entry:
+    """One key of a listing."""
+
+    key: str
+    nbytes: int
+    modified_s: float  # seconds since the epoch by the store's clock; 0.0 where it has none
+
+
+class Writer(Protocol):
+    """One new object, written from front to back. Invisible or incomplete until `commit` returns."""
+
+    def write(self, data: memoryview) -> None:
+        """Append `data`. It may be reused by the caller as soon as this returns."""
+
+    def commit(self) -> None:
+        """Make the object durable under its key. Errors of earlier writes surface here at the latest."""
+
+    def abort(self) -> None:
+        """Drop what was written. May be called twice, and after a failed commit."""
+
+
+class Store(Protocol):
+    """Bytes by key under one root. All methods may be called from any thread.
+
+    Errors: `NotFoundError(kind="no-object")` for an absent key, `StoreError` for refusals, `InvalidInputError` for a bad key.
+    """
+
+    @property
+    def url(self) -> str:
+        """Where the root is, as the user writes it, without credentials."""
+
+    @property
+    def conditional_create(self) -> bool:
+        """True when `create` is atomic: of many callers exactly one wins. Probed on first use where needed."""
+
+    def read(self, key: str, start: int = 0, stop: int | None = None) -> bytes:
+        """Bytes `start <= i < stop` (to the end when None). A shorter object is `DamagedError(kind="truncated")`."""
+
+    def read_into(self, key: str, start: int, buffer: memoryview) -> None:
+        """Fill `buffer` from byte `start` on; all of it, or `DamagedError(kind="truncated")`."""
+
+    def size(self, key: str) -> int:
+        """Bytes of the object."""
+
+    def exists(self, key: str) -> bool: ...
+
+    def list(self, prefix: str) -> list[Entry]:
+        """All objects below `prefix` ("" or "a/b/"), at any depth, sorted by key. An absent prefix is an empty list."""
+
+    def list_folders(self, prefix: str) -> list[str]:
+        """Names (not keys) of the folders directly below `prefix`, sorted."""
+
+    def open_writer(self, key: str, *, nbytes: int | None = None) -> Writer:
+        """Start a new object; `nbytes` is its final size where known. AlreadyExistsError if the key exists (best effort)."""
+
+    def put(self, key: str, data: bytes) -> None:
+        """Write a small object whole and durably, replacing what is there."""
+
+    def create(self, key: str, data: bytes) -> None:
+        """Write a small object durably unless the key exists (AlreadyExistsError).
+
+        A refusal or a lost answer is resolved by reading back: if the key holds exactly `data`, this call won.
+        """
+
+    def delete(self, keys: Sequence[str]) -> None:
+        """Remove objects; absent ones are fine. Folders left empty disappear."""
+
+    def close(self) -> None: ...
+
+
+def check_keys(keys: Iterable[str]) -> None:
+    """Raise InvalidInputError for a key that could leave the root: empty, absolute, `..`, backslash, control characters."""
+    from ckpt.errors import InvalidInputError
+
+    for key in keys:
+        parts = key.split("/")
+        if not key or any(part in ("", ".", "..") for part in parts) or "\\" in key or any(ord(c) < 32 for c in key):
+            raise InvalidInputError(f"not a key inside the store: {key!r}", kind="bad-key")
