@@ -27,6 +27,7 @@ class TensorSpec:
     role: str  # "param", "buffer", "optim.<slot>", "tensor"
     dtype: str  # a name of ckpt.format.dtypes
     shape: tuple[int, ...]  # global, elements
+    aliases: tuple[str, ...] = ()  # other names of the very same tensor (tied weights), stored once under `name`
 
     def __post_init__(self) -> None:
         dtype_of(self.dtype)
@@ -73,3 +74,13 @@ class StoredObject:
     payload: bytes  # UTF-8 JSON
     dp_rank: int = -1  # of a loader; -1: not known
     dp_size: int = -1
+
+
+@dataclass(frozen=True, kw_only=True)
+class LocalState:
+    """What one rank holds of a run's state: the input of a save, and, with writable memory, the target of a load."""
+
+    specs: list[TensorSpec]  # sorted by name; all that this rank knows, also those of which it holds no element
+    pieces: PieceTable  # `boxes.tensor` indexes `specs`
+    objects: list[StoredObject]  # sorted by name; empty for a load target
+    keep_alive: tuple[object, ...] = ()  # owners of the memory that `pieces` points into
