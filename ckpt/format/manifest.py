@@ -59,7 +59,7 @@ class Manifest:
     layout: dict[str, Any] | None = None  # the saved layout (docs/reference/layout-files.md)
     metadata: dict[str, Any] = field(default_factory=dict)
     metrics: dict[str, float] = field(default_factory=dict)
-    timing: dict[str, Any] = field(default_factory=dict)
+    structure_changed: bool = False  # some rank's state had another structure than the plan; the next save plans anew
 
 
 def canonical(document: dict[str, Any]) -> bytes:
