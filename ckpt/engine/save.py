@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import logging
 import mmap
 import queue
 import threading
@@ -42,6 +43,7 @@ from ckpt.plan.save import SavePlan, plan_save, rows_of_rank
 from ckpt.store.base import Store
 
 PROGRAM = "ckpt 0.1.0"
+_log = logging.getLogger("ckpt")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -133,13 +135,11 @@ class SaveSession:
         start = time.perf_counter()
         step = attempt.request.step
         try:
-            failpoints.hit("save.1-before-image")
+            failpoints.hit("save.before-image")
             self._write_image(attempt)  # 1. this rank's image is durable
             attempt.seconds["write"] = time.perf_counter() - start
-            failpoints.hit("save.2-before-receipt")
             payload = receipt.pack(self._receipt(attempt))
             receipts_of.leave_receipt(self._store, step, attempt.id, self._world.rank, self._world.size, payload)  # 2.
-            failpoints.hit("save.3-after-receipt")
             if self._world.rank == 0:
                 changed = self._commit(attempt)  # 3. index durable, 4. manifest created
             else:
@@ -147,7 +147,7 @@ class SaveSession:
         except BaseException as error:
             self._planned = None  # after a failure ranks agree anew
             if isinstance(error, Exception):
-                self._report(attempt, error)
+                self._report(step, attempt.id, error)
             raise
         attempt.seconds["total"] = sum(attempt.seconds.get(k, 0.0) for k in ("plan", "stage")) + time.perf_counter() - start
         self._sent = attempt.image_digest
@@ -160,7 +160,7 @@ class SaveSession:
     def _prepare(self, local: LocalState, request: Request, error: BaseException | None) -> _Attempt:
         start = time.perf_counter()
         if error is not None and self._planned is not None:
-            self._fail_without_state(request, error)
+            self._fail_without_state(request.step, error)
         if self._planned is None:
             self._planned = self._plan_with_others(local, request, error)
         publishing.refuse_existing(self._store, request.step)
@@ -181,7 +181,7 @@ class SaveSession:
         )
         return _Attempt(
             request=request,
-            id=f"{self._session[:12]}-{self._count:06d}",
+            id=self._attempt_id,
             packer=Packer(program, local.pieces, payloads, threads=self._options.copy_threads),
             program=program,
             image_digest=f"{planned.structure}-{image.header_crc32c:08x}-{len(layout.rows)}",
@@ -278,14 +278,14 @@ class SaveSession:
     # writing
 
     def _write_image(self, attempt: _Attempt) -> None:
-        key = names.attempt_key(attempt.request.step, attempt.id, self._file_name)
+        key = f"{names.attempt_folder(attempt.request.step, attempt.id)}/{self._file_name}"
         writer = self._store.open_writer(key, nbytes=attempt.program.layout.total_bytes)
         try:
             if attempt.staged is not None:
                 self._write_staged(attempt, attempt.staged, writer)
             else:
                 self._write_through_buffers(attempt, writer)
-            failpoints.hit("save.1-before-image-commit")
+            failpoints.hit("save.before-image-commit")
             writer.commit()
         except BaseException:
             writer.abort()
@@ -320,13 +320,13 @@ class SaveSession:
                 attempt.packer.fill(chunk, buffer)
                 attempt.packer.checksum(chunk, buffer)
                 pending.append((pool.submit(writer.write, memoryview(buffer[: high - low])), buffer))
-                failpoints.hit("save.1-in-image")
+                failpoints.hit("save.in-image")
             for future, _ in pending:
                 future.result()
 
     @property
     def _file_name(self) -> str:
-        return names.image_file(self._world.rank, self._world.size)
+        return names.image_name(self._world.rank, self._world.size)
 
     def _receipt(self, attempt: _Attempt) -> receipt.Receipt:
         return receipt.Receipt(
@@ -351,7 +351,12 @@ class SaveSession:
         start = time.perf_counter()
         step = attempt.request.step
         payloads = receipts_of.collect_receipts(
-            self._store, step, attempt.id, self._world.size, options=self._options
+            self._store,
+            step,
+            attempt.id,
+            self._world.size,
+            timeout_s=self._options.commit_timeout_s,
+            options=self._options,
         )
         attempt.seconds["receipts"] = time.perf_counter() - start
         found = [receipt.unpack(payloads[rank], name=f"rank {rank}") for rank in range(self._world.size)]
@@ -360,50 +365,55 @@ class SaveSession:
             found, metadata=request.metadata, metrics=request.metrics, layout=request.layout
         )
         for name, data in assembled.files.items():
-            failpoints.hit("save.4-before-index")
-            self._store.put(names.attempt_key(step, attempt.id, name), data)
-        failpoints.hit("save.5-before-manifest")
+            failpoints.hit("save.before-index")
+            self._store.put(f"{names.attempt_folder(step, attempt.id)}/{name}", data)
         publishing.publish(self._store, step, attempt.id, manifest.pack(assembled.manifest), options=self._options)
-        failpoints.hit("save.6-after-manifest")
-        receipts_of.drop_receipts(self._store, step, attempt.id, self._world.size)
+        self._drop_receipts(step, attempt.id)
         attempt.seconds["commit"] = time.perf_counter() - start
         return assembled.manifest.structure_changed
 
     def _await(self, attempt: _Attempt) -> bool:
         start = time.perf_counter()
-        data = publishing.await_outcome(self._store, attempt.request.step, attempt.id, options=self._options)
+        step, options = attempt.request.step, self._options
+        timeout_s = options.commit_timeout_s + options.outcome_grace_s
+        publishing.await_outcome(self._store, step, attempt.id, timeout_s=timeout_s, options=options)
         attempt.seconds["commit"] = time.perf_counter() - start
-        return manifest.unpack(data, name=names.manifest_key(attempt.request.step)).structure_changed
+        key = names.manifest_key(step)
+        return manifest.unpack(self._store.read(key), name=key).structure_changed
 
-    def _report(self, attempt: _Attempt, error: Exception) -> None:
-        """Tell the other ranks. A store that cannot take even that leaves them to their deadline."""
-        step = attempt.request.step
+    def _drop_receipts(self, step: int, attempt: str) -> None:
+        """The checkpoint is published; its receipts are only clutter, and gc removes what cannot be removed now."""
+        prefix = names.receipts_prefix(step, attempt)
         try:
-            if self._world.rank == 0:
-                publishing.abort(self._store, step, attempt.id, reason=_reason(0, error))
+            self._store.delete([entry.key for entry in self._store.list(prefix)])
+        except CheckpointError as error:
+            _log.warning("receipts of step %d are left in %s: %s", step, self._store.url, error.message)
+
+    def _report(self, step: int, attempt: str, error: BaseException) -> None:
+        """Tell the other ranks. A store that cannot take even that leaves them to their deadline."""
+        if getattr(error, "kind", "") == "outcome-unknown":
+            return  # it may be published: nobody may call it aborted
+        rank, size = self._world.rank, self._world.size
+        try:
+            if rank == 0:
+                reason = error.message if isinstance(error, CheckpointError) else f"{type(error).__name__}: {error}"
+                publishing.abort(self._store, step, attempt, reason)
             else:
-                receipts_of.leave_failure(
-                    self._store, step, attempt.id, self._world.rank, self._world.size, message=_reason(self._world.rank, error)
-                )
+                receipts_of.leave_failure(self._store, step, attempt, rank, size, error)
         except CheckpointError as problem:
             error.add_note(f"the other ranks could not be told: {problem.message}")
 
-    def _fail_without_state(self, request: Request, error: BaseException) -> None:
+    def _fail_without_state(self, step: int, error: BaseException) -> None:
         """In steady state there is no exchange that could carry the error: it goes through the store."""
         self._count += 1
         self._planned = None
-        attempt = f"{self._session[:12]}-{self._count:06d}"
-        message = _reason(self._world.rank, error)
-        try:
-            if self._world.rank == 0:
-                publishing.abort(self._store, request.step, attempt, reason=message)
-            else:
-                receipts_of.leave_failure(
-                    self._store, request.step, attempt, self._world.rank, self._world.size, message=message
-                )
-        except CheckpointError as problem:
-            error.add_note(f"the other ranks could not be told: {problem.message}")
+        self._report(step, self._attempt_id, error)
         raise error
+
+    @property
+    def _attempt_id(self) -> str:
+        """Shared by all ranks without a word: the session's id and the number of the save in it."""
+        return f"{self._session}-{self._count:06d}"
 
 
 def allocate(nbytes: int) -> NDArray[np.uint8]:
@@ -437,17 +447,19 @@ def _described(specs: list[TensorSpec], differing: list[str]) -> str:
     return ", ".join(found[:20]) or "none of them"
 
 
-def _reason(rank: int, error: BaseException) -> str:
-    text = error.message if isinstance(error, CheckpointError) else f"{type(error).__name__}: {error}"
-    return f"rank {rank}: {text}"
-
-
 class PendingSave:
     """A save that goes on in the background. `wait()` or `done()` from any thread."""
 
     def __init__(self, step: int, future: Future[Saved]) -> None:
         self.step = step
         self._future = future
+
+    @staticmethod
+    def done_with(saved: Saved) -> PendingSave:
+        """A save that is over already."""
+        future: Future[Saved] = Future()
+        future.set_result(saved)
+        return PendingSave(saved.step, future)
 
     def done(self) -> bool:
         """True when the outcome is known."""

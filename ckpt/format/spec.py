@@ -84,3 +84,11 @@ class LocalState:
     pieces: PieceTable  # `boxes.tensor` indexes `specs`
     objects: list[StoredObject]  # sorted by name; empty for a load target
     keep_alive: tuple[object, ...] = ()  # owners of the memory that `pieces` points into
+
+    @staticmethod
+    def empty() -> LocalState:
+        """Of a rank that holds nothing."""
+        none = np.empty(0, np.uint64)
+        boxes = BoxTable.build(())
+        pieces = PieceTable(boxes=boxes, address=none, limit=none, strides=np.zeros((0, boxes.num_dims), np.int64))
+        return LocalState(specs=[], pieces=pieces, objects=[])

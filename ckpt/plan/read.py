@@ -127,7 +127,7 @@ def _join_rows(
 ) -> CopyTable:
     piece = np.repeat(rows, counts[rows])
     fragment = np.repeat(low[rows], counts[rows]) + arange_per(counts[rows])
-    keep = np.ones(len(piece), bool)
+    keep = pieces.boxes.volumes()[piece] > 0
     for dim in range(min(fragments.boxes.num_dims, pieces.boxes.num_dims)):
         f0, p0 = fragments.boxes.offsets[fragment, dim], pieces.boxes.offsets[piece, dim]
         keep &= f0 < p0 + pieces.boxes.lengths[piece, dim]
