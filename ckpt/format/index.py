@@ -21,7 +21,7 @@ from ckpt.errors import CheckpointError, DamagedError
 from ckpt.format.checksum import num_blocks, sha256
 from ckpt.format.manifest import FileRecord
 from ckpt.format.receipt import ObjectRow
-from ckpt.format.spec import TensorSpec
+from ckpt.format.spec import TensorSpec, global_shapes
 from ckpt.kernels import crc32c_ranges
 from ckpt.layout.box import BoxTable, Int64Array
 
@@ -295,11 +295,8 @@ def _fragments(table: pa.Table, specs: Sequence[TensorSpec], block_bytes: int, n
         return chunks[0] if chunks else pa.array([], table.schema.field(key).type)
 
     tensor = column("tensor").to_numpy(zero_copy_only=False).astype(np.int32)
-    shapes = np.ones((len(specs), max((len(s.shape) for s in specs), default=1) or 1), np.int64)
-    dims = np.zeros(len(specs), np.int64)
-    for row, spec in enumerate(specs):
-        shapes[row, : len(spec.shape)] = spec.shape
-        dims[row] = len(spec.shape)
+    dims = np.array([len(spec.shape) for spec in specs], np.int64)
+    shapes = global_shapes(specs, max(1, int(dims.max(initial=1))))
     offsets = _dense(column("offsets"), dims[tensor], shapes.shape[1], 0, name)
     lengths = _dense(column("lengths"), dims[tensor], shapes.shape[1], 1, name)
     checksums = column("checksums")

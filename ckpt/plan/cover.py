@@ -16,16 +16,14 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from ckpt.format.spec import TensorSpec
+from ckpt.format.spec import TensorSpec, global_shapes
 from ckpt.layout.box import BoxTable, Int64Array
 from ckpt.plan.records import mix
 
 
 def not_tiled(specs: Sequence[TensorSpec], boxes: BoxTable, *, seed: int = 0) -> list[tuple[int, int]]:
     """Tensors that the boxes do not tile, as (tensor index, elements covered, counted with multiplicity)."""
-    shapes = np.ones((len(specs), boxes.num_dims), np.int64)
-    for row, spec in enumerate(specs):
-        shapes[row, : len(spec.shape)] = spec.shape
+    shapes = global_shapes(specs, boxes.num_dims)
     zeros = np.zeros_like(shapes)
     volumes = np.array([math.prod(spec.shape) for spec in specs], np.int64)
     expected = np.where(volumes > 0, _signature(zeros, shapes, seed), np.uint64(0))

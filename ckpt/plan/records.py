@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ckpt.errors import InvalidInputError
-from ckpt.format.spec import TensorSpec
+from ckpt.format.spec import TensorSpec, global_shapes
 from ckpt.layout.box import BoxTable, Int64Array
 
 # `first` and `last` are the row-major element numbers of the two extreme corners: with the shape they give the box back.
@@ -47,12 +47,9 @@ def spec_hashes(specs: Sequence[TensorSpec]) -> tuple[NDArray[np.uint64], NDArra
 
 
 def element_strides(specs: Sequence[TensorSpec], num_dims: int) -> Int64Array:
-    """[T, D] row-major strides of the global tensors, in elements; 0 in padded dims."""
-    shapes = np.ones((len(specs), num_dims), np.int64)
-    strides = np.zeros((len(specs), num_dims), np.int64)
-    for row, spec in enumerate(specs):
-        shapes[row, : len(spec.shape)] = spec.shape
-    strides[:, -1] = 1
+    """[T, D] row-major strides of the global tensors, in elements."""
+    shapes = global_shapes(specs, num_dims)
+    strides = np.ones_like(shapes)
     for dim in range(num_dims - 2, -1, -1):
         strides[:, dim] = strides[:, dim + 1] * shapes[:, dim + 1]
     return strides
