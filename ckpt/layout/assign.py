@@ -107,12 +107,17 @@ class RuleIndex:
         ]
         return out
 
-    def _assign(self, name: str, faults: Faults, used: set[tuple[int, str]]) -> Assignment | None:
+    def matches(self, name: str) -> tuple[str, ...]:
+        """The first pattern of each rule that has a claim on the tensor; one where all is well."""
+        return tuple(pattern.text for pattern, _, _ in self._found(name, set()).values())
+
+    def _found(self, name: str, used: set[tuple[int, str]]) -> dict[int, tuple[NamePattern, Where, dict[str, int]]]:
+        """The rules of the highest precedence that match; every pattern that matches at all is added to `used`."""
         parsed = TensorName.parse(name)
         best: tuple[int, int] | None = None
         found: dict[int, tuple[NamePattern, Where, dict[str, int]]] = {}
         paths = {name, parsed.path}
-        for number, pattern in [hit for path in paths for hit in self._exact.get(path, ())] + self._wild:
+        for number, pattern in [hit for path in sorted(paths) for hit in self._exact.get(path, ())] + self._wild:
             rule = self._rules[number]
             where = rule.where_of(parsed.slot, pattern)
             captures = None if where is None else pattern.match(name, parsed)
@@ -124,10 +129,15 @@ class RuleIndex:
                 best, found = precedence, {}
             if precedence == best:
                 found.setdefault(number, (pattern, where, captures))
+        return found
+
+    def _assign(self, name: str, faults: Faults, used: set[tuple[int, str]]) -> Assignment | None:
+        found = self._found(name, used)
         if len(found) != 1:
             self._add_fault(name, [pattern.text for pattern, _, _ in found.values()], faults)
             return None
         ((number, (pattern, where, captures)),) = found.items()
+        parsed = TensorName.parse(name)
         follows = parsed.path if parsed.slot is not None and not pattern.whole_name else None
         try:
             return Assignment(name=name, rule=number, where=where, on=self._on(name, where, captures), follows=follows)

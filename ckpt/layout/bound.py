@@ -1,7 +1,7 @@
 """A layout bound to the tensors of one run: what every rank holds of all of them.
 
-In: a mesh, tensors with global shapes, and their assignments. Out: `Placement`s, `BoxTable`s, and for planning the boxes
-of all ranks at once. Pure. Never looks at rules (assign.py did).
+In: a mesh, tensors with global shapes, and their assignments. Out: `Placement`s, `BoxTable`s, and for planning the
+boxes of all ranks at once. Pure. Never looks at rules (assign.py did).
 """
 
 from __future__ import annotations
@@ -104,7 +104,7 @@ class BoundLayout:
         return buffer.place(buffer.tensors.index(number), index)
 
     def tensors_of_rank(self, rank: int) -> list[tuple[int, Placement]]:
-        """All that a rank holds, as (index into `tensors`, placement), but no flat members of which it holds nothing."""
+        """All that a rank holds, as (index into `tensors`, placement); no flat members of which it holds nothing."""
         coordinate = self.mesh.coordinate(rank)
         index_of = dict(zip(self.mesh.names, coordinate, strict=True))
         out = [
@@ -133,7 +133,7 @@ class BoundLayout:
         return self._placements[key]
 
     def _buffer(self, group: tuple[str, str, str | None], coordinate: tuple[int, ...]) -> tuple[FlatBuffer, int]:
-        """The flat buffer of a group that the rank shares with those along the flat axis, and which piece is its own."""
+        """The flat buffer of a group that the rank shares with those along the flat axis, and its piece."""
         numbers = self._flat_groups[group]
         flat = self.assignments[numbers[0]].where.flat
         assert flat is not None

@@ -68,6 +68,10 @@ class Layout:
         """The rule for a tensor; InvalidInputError when no rule or more than one is for it."""
         return self.index.assign(name)
 
+    def candidates(self, name: str) -> tuple[str, ...]:
+        """The patterns with a claim on the tensor: none where no rule matches it, one where all is well."""
+        return self.index.matches(name)
+
     def place(self, name: str, shape: Sequence[int], rank: int) -> Placement | None:
         """What a rank holds of a tensor of this global shape; None when it has not even an empty piece of it."""
         assignment = self.assign(name)

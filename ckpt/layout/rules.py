@@ -224,9 +224,11 @@ class Rule:
     def __post_init__(self) -> None:
         if not self.match:
             raise InvalidInputError("a rule needs at least one name pattern")
-        for pattern in self.match:
-            if self.where.experts and "expert" not in pattern.captures:
-                raise InvalidInputError(f"pattern `{pattern.text}` has `experts`, but no `{{expert}}`")
+        wheres = [self.where] if isinstance(self.optimizer, str) else [self.where, self.optimizer]
+        if any(where.experts for where in wheres):
+            for pattern in self.match:
+                if "expert" not in pattern.captures:
+                    raise InvalidInputError(f"pattern `{pattern.text}` has no `{{expert}}`, but its rule has `experts`")
 
     def where_of(self, slot: str | None, pattern: NamePattern) -> Where | None:
         """How the tensor itself (slot None) or its optimizer state lies; None when the rule is not for it."""
