@@ -1,7 +1,7 @@
 """The tags of the typed tree: one pair of functions for each built-in type.
 
-In: a value, or the fields of its tagged node. Out: the node, or the value. Pure. `docs/reference/objects.md` says the same in
-words; a tag is never given another meaning.
+In: a value, or the fields of its tagged node. Out: the node, or the value. Pure. `docs/reference/objects.md` says the
+same in words; a tag is never given another meaning.
 """
 
 from __future__ import annotations

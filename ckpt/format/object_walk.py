@@ -1,7 +1,7 @@
 """Down a tree and up again: depth, size, key paths, registered codecs.
 
-In: tables of functions per type and per tag. Out: `Walk`, which turns values into JSON nodes and back. Pure but for the table
-of registered codecs. Never looks a class up by a name that stands in a file.
+In: tables of functions per type and per tag. Out: `Walk`, which turns values into JSON nodes and back. Pure but for the
+table of registered codecs. Never looks a class up by a name that stands in a file.
 """
 
 from __future__ import annotations
