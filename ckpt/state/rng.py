@@ -34,10 +34,11 @@ class Inherited:
 
 
 def inherit(rows: Sequence[tuple[int, bytes]], *, rank: int, world: int, name: str = "rng") -> Inherited:
-    """The streams of `rank` in a world of `world` ranks, out of the saved (rank, payload) rows of all saved ranks. Pure.
+    """The streams of `rank` in a world of `world` ranks, out of the saved (rank, payload) rows of all saved ranks.
+    Pure.
 
-    Rank r of the new world goes on with the streams of saved rank r. A rank beyond the saved world gets fresh streams, from
-    the seed SHA-256("ckpt.rng/1", then each saved payload with its length before it, then the rank), all lengths and the
+    Rank r of the new world goes on with the streams of saved rank r. A rank beyond the saved world gets fresh streams,
+    from the seed SHA-256("ckpt.rng/1", then each saved payload with its length before it, then the rank), all lengths and the
     rank as 8 bytes little-endian: the same on every try, unlike any other rank's. Streams of saved ranks beyond the new
     world end. The parallel layout plays no part.
     """
@@ -57,10 +58,11 @@ def inherit(rows: Sequence[tuple[int, bytes]], *, rank: int, world: int, name: s
 
 
 class RNG:
-    """The random state of this rank: Python's `random`, NumPy's global state, torch on the CPU and on every CUDA device.
+    """The random state of this rank: Python's `random`, NumPy's global state, torch on the CPU and on every CUDA
+    device.
 
-    `generators` adds generators of your own, by name: `torch.Generator`, `numpy.random.Generator`, `random.Random`. The same
-    names must be there when the state is loaded. Used from the thread that trains; makes no collective.
+    `generators` adds generators of your own, by name: `torch.Generator`, `numpy.random.Generator`, `random.Random`. The
+    same names must be there when the state is loaded. Used from the thread that trains; makes no collective.
     """
 
     kind: ObjectKind = "rank"
@@ -89,8 +91,8 @@ class RNG:
     def load_state_tree(self, tree: Tree) -> None:
         """Set all streams from what `state_tree` or `inherit` gave.
 
-        Raises MismatchError for other names or kinds of generators, DamagedError for a tree that is not one of RNG's. After
-        an error every stream is as it was.
+        Raises MismatchError for other names or kinds of generators, DamagedError for a tree that is not one of RNG's.
+        After an error every stream is as it was.
         """
         before = self.state_tree()
         try:
@@ -136,7 +138,8 @@ class RNG:
 
     def _seed(self, seed: str) -> None:
         random.seed(_derive(seed, "python"))
-        np.random.set_state(_numpy_fresh(np.random.get_bit_generator(), _derive(seed, "numpy")))  # type: ignore[arg-type]
+        like = np.random.get_bit_generator()  # type: ignore[attr-defined]
+        np.random.set_state(_numpy_fresh(like, _derive(seed, "numpy")))
         torch.default_generator.manual_seed(_derive(seed, "torch") >> 193)
         for device, cuda in enumerate(_cuda_generators()):
             cuda.manual_seed(_derive(seed, f"cuda:{device}") >> 193)
@@ -199,8 +202,9 @@ def _check_bit_generator(expected: Any, found: Any, what: str) -> None:
 def _set_cuda(saved: list[Tree], saved_current: int | None) -> None:
     """Give the devices their streams: the current device that of the saved current device, the others by index.
 
-    One process per device is the rule, and its device may have another index on another machine: hence the exchange. A device
-    without a saved stream gets a fresh one from a hash of all saved ones and its index; saved streams without a device end.
+    One process per device is the rule, and its device may have another index on another machine: hence the exchange. A
+    device without a saved stream gets a fresh one from a hash of all saved ones and its index; saved streams without a
+    device end.
     """
     devices = _cuda_generators()
     if devices:
@@ -224,7 +228,7 @@ def _set_cuda(saved: list[Tree], saved_current: int | None) -> None:
 def _cuda_generators() -> list[torch.Generator]:
     if not torch.cuda.is_available():
         return []
-    torch.cuda.init()
+    torch.cuda.init()  # type: ignore[no-untyped-call]
     return list(torch.cuda.default_generators)
 
 
