@@ -33,8 +33,7 @@ _log = logging.getLogger("ckpt")
 
 
 class ElasticSampler(torch.utils.data.Sampler[int]):
-    """Indices of a data set, dealt to the data-parallel ranks, with a state that any other number of ranks can go on
-    from.
+    """Indices of a data set, dealt to the data-parallel ranks; any other number of ranks can go on from its state.
 
     All epochs form one stream: epoch 0 in its seeded order, then epoch 1 in its own, and so on. Item j of the stream
     goes to rank j mod `dp_size`. Iterating goes on from where the state is, to the end of the running pass (epoch), and

@@ -10,6 +10,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import ckpt.state.inline  # noqa: F401  (loader states hold small tensors)
 from ckpt.errors import DamagedError, InvalidInputError, MismatchError
 from ckpt.format.objects import Tree, decode
 
@@ -164,8 +165,8 @@ def _same_rank(rows: Sequence[LoaderRow], loader: Any, name: str, rank: int, wor
         return decode(own[0].payload, name=name)
     what = f"{len(rows)} ranks then, {world} now" if len(rows) != world else "the ranks are cut differently now"
     raise MismatchError(
-        f"loader `{name}` (`{type(loader).__name__}`) does not tell its data-parallel rank, and the run changed
-        ({what}): " "which samples were read cannot be known",
+        f"loader `{name}` (`{type(loader).__name__}`) does not tell its data-parallel rank, and the run changed "
+        f"({what}): which samples were read cannot be known",
         kind="loader-unknown",
         hints=(
             "load on the layout of the save, once, with the loader wrapped there: "
@@ -178,8 +179,8 @@ def _same_rank(rows: Sequence[LoaderRow], loader: Any, name: str, rank: int, wor
 def _refuse_degree(loader: Any, name: str, saved: int, now: int) -> MismatchError:
     inner = loader.loader if isinstance(loader, Loader) else loader
     return MismatchError(
-        f"loader `{name}` was saved at data-parallel degree {saved}, now it is {now}, and a `{type(inner).__name__}`
-        cannot " "split or merge its state: samples would be lost or repeated",
+        f"loader `{name}` was saved at data-parallel degree {saved}, now it is {now}, and a `{type(inner).__name__}` "
+        "cannot split or merge its state: samples would be lost or repeated",
         kind="loader-degree",
         hints=(
             f"load at data-parallel degree {saved}",

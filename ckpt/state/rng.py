@@ -34,13 +34,12 @@ class Inherited:
 
 
 def inherit(rows: Sequence[tuple[int, bytes]], *, rank: int, world: int, name: str = "rng") -> Inherited:
-    """The streams of `rank` in a world of `world` ranks, out of the saved (rank, payload) rows of all saved ranks.
-    Pure.
+    """The streams of `rank` among `world` ranks, out of the (rank, payload) rows of all saved ranks. Pure.
 
     Rank r of the new world goes on with the streams of saved rank r. A rank beyond the saved world gets fresh streams,
-    from the seed SHA-256("ckpt.rng/1", then each saved payload with its length before it, then the rank), all lengths and the
-    rank as 8 bytes little-endian: the same on every try, unlike any other rank's. Streams of saved ranks beyond the new
-    world end. The parallel layout plays no part.
+    from the seed SHA-256("ckpt.rng/1", then each saved payload with its length before it, then the rank), all lengths
+    and the rank as 8 bytes little-endian: the same on every try, unlike any other rank's. Streams of saved ranks beyond
+    the new world end. The parallel layout plays no part.
     """
     if not 0 <= rank < world:
         raise InvalidInputError(f"rank {rank} is outside a world of {world}")
@@ -58,8 +57,7 @@ def inherit(rows: Sequence[tuple[int, bytes]], *, rank: int, world: int, name: s
 
 
 class RNG:
-    """The random state of this rank: Python's `random`, NumPy's global state, torch on the CPU and on every CUDA
-    device.
+    """The random state of this rank: Python's `random`, NumPy's global one, torch on the CPU and all CUDA devices.
 
     `generators` adds generators of your own, by name: `torch.Generator`, `numpy.random.Generator`, `random.Random`. The
     same names must be there when the state is loaded. Used from the thread that trains; makes no collective.
