@@ -83,7 +83,7 @@ class _HostCopies:
             return memory.cpu()
         stream = self._streams.get(memory.device)
         if stream is None:
-            stream = torch.cuda.Stream(device=memory.device)
+            stream = torch.cuda.Stream(device=memory.device)  # type: ignore[no-untyped-call]
             stream.wait_stream(torch.cuda.current_stream(memory.device))
             self._streams[memory.device] = stream
         buffer = _host_buffer(memory)
@@ -94,7 +94,7 @@ class _HostCopies:
     def wait(self) -> None:
         """Return when all copies are complete."""
         for stream in self._streams.values():
-            event = torch.cuda.Event()
+            event = torch.cuda.Event()  # type: ignore[no-untyped-call]
             event.record(stream)
             event.synchronize()
 

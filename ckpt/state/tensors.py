@@ -8,10 +8,12 @@ from __future__ import annotations
 import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch.distributed.tensor import DTensor, Replicate, Shard
 from torch.distributed.tensor.placement_types import _StridedShard
+from torch.nn.parameter import UninitializedTensorMixin  # type: ignore[attr-defined]
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from torch.utils.weak import WeakIdKeyDictionary
 
@@ -61,9 +63,7 @@ class _Annotation:
 _annotations: WeakIdKeyDictionary = WeakIdKeyDictionary()
 
 
-def annotate(
-    tensor: torch.Tensor, *, shape: Sequence[int], boxes: Sequence[tuple[Box, Sequence[int]]]
-) -> torch.Tensor:
+def annotate(tensor: torch.Tensor, *, shape: Sequence[int], boxes: Sequence[tuple[Box, Sequence[int]]]) -> torch.Tensor:
     """Say what a plain local tensor holds of a global one; the way out for layouts that ckpt does not know.
 
     Args:
@@ -87,7 +87,7 @@ def annotate(
 
 def annotated(name: str, tensor: torch.Tensor) -> Located | None:
     """What `annotate` said of this tensor object, or None."""
-    note = _annotations.get(tensor)
+    note: _Annotation | None = _annotations.get(tensor)  # type: ignore[no-untyped-call]
     if note is None:
         return None
     if tuple(tensor.shape) != note.local_shape:
@@ -130,8 +130,8 @@ def locate_dtensor(name: str, tensor: DTensor) -> Located:
     found = _dtensor_placed(shape, tuple(mesh.shape), tuple(coordinate), placements, tuple(memory.shape))
     if found is None:
         raise InvalidInputError(
-            f"tensor `{name}`: placements {tensor.placements} on a mesh of shape {tuple(mesh.shape)} do not give a local "
-            f"shape {tuple(memory.shape)} at coordinate {tuple(coordinate)} of a tensor of shape {shape}"
+            f"tensor `{name}`: placements {tensor.placements} on a mesh of shape {tuple(mesh.shape)} do not give a "
+            f"local shape {tuple(memory.shape)} at coordinate {tuple(coordinate)} of a tensor of shape {shape}"
         )
     return Located(shape=shape, placed=found, memory=memory)
 
@@ -157,7 +157,7 @@ def overlaps_itself(memory: torch.Tensor) -> bool:
 
 
 def _memory_problem(memory: torch.Tensor) -> str | None:
-    if isinstance(memory, torch.nn.parameter.UninitializedTensorMixin):
+    if isinstance(memory, UninitializedTensorMixin):
         return "belongs to a lazy module that has not run yet; run it once before"
     if memory.layout != torch.strided or memory.is_quantized or memory.is_nested:
         return f"is not a plain dense tensor (layout {memory.layout}); store its dense parts under names of their own"
@@ -191,8 +191,9 @@ def _dtensor_placed(
     local_shape: tuple[int, ...],
 ) -> tuple[Placed, ...] | None:
     """Boxes whose local shape is the one found: as `fully_shard` cuts, else as `distribute_tensor` does, else None."""
-    for strided in ("order", "split"):
-        found = where.dtensor_placement(shape, mesh_shape, coordinate, placements, strided=strided)  # type: ignore[arg-type]
+    ways: tuple[Literal["order", "split"], ...] = ("order", "split")
+    for way in ways:
+        found = where.dtensor_placement(shape, mesh_shape, coordinate, placements, strided=way)
         if found.local_shape == local_shape:
             return found.placed
     return None
