@@ -1,6 +1,7 @@
-"""Flat ZeRO ranges: a 1-d buffer that holds elements [start, stop) of several tensors put one after the other.
+"""Flat ZeRO ranges: a 1-d buffer that holds elements [start, stop) of tensors put one after the other.
 
-In: a buffer, the names and shapes that it was made of. Out: parts with the boxes of the ordinary tensors. Never copies data.
+In: a buffer, the names and shapes that it was made of. Out: parts with the boxes of the ordinary tensors. Never
+copies data.
 
 A `FlatOptimizerState` stores under the names that a torch optimizer has, `<key>/<parameter>/<slot>`, so either one loads what
 the other saved.

@@ -1,9 +1,10 @@
 """Hyperparameters of parameter groups, by parameter name.
 
-In: groups with the names of their parameters. Out: trees; actions that set hyperparameters. Never touches a parameter.
+In: groups with the names of their parameters. Out: trees; actions that set hyperparameters. Never touches a
+parameter.
 
-A group of now need not be a group of then: each one takes what the checkpoint has for its parameters, whichever rank stored
-it, and that must be one and the same for all of them.
+A group of now need not be a group of then: each one takes what the checkpoint has for its parameters, whichever rank
+stored it, and that must be one and the same for all of them.
 """
 
 from __future__ import annotations

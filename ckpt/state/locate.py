@@ -25,7 +25,7 @@ class Locator:
     layout: Layout | None = None
 
     def locate(self, name: str, tensor: torch.Tensor, *, strict: bool = True) -> Located:
-        """A tensor's place. `strict`: with a layout, a plain tensor that no rule matches is an error, else it is whole."""
+        """A tensor's place. With a layout, a plain tensor of no rule is an error if `strict`, else it is whole."""
         known = annotated(name, tensor)
         if known is not None:
             return known

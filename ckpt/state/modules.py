@@ -69,7 +69,7 @@ class ModuleHolder:
         """Parameters and buffers in place; extra state through `set_extra_state`."""
         parts, tensors = self._parts(), dict[str, torch.Tensor]()
         for name, module in self._extra.items():
-            # What get_extra_state gives may be the module's own memory: new memory, so that only set_extra_state changes it.
+            # What get_extra_state gives may be the module's own memory; only set_extra_state may change that.
             _, now = take_tensors(module.get_extra_state(), name)
             tensors.update({path: torch.empty_like(tensor) for path, tensor in now.items()})
         parts += [self._extra_part(path, tensor) for path, tensor in tensors.items()]

@@ -9,12 +9,12 @@ A slot is the tensor `<key>/<parameter>/<slot>`. The object `<key>` is
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator, Mapping, MutableMapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch.distributed.optim import ZeroRedundancyOptimizer
 from torch.optim import Optimizer
 
 from ckpt.errors import InvalidInputError
@@ -113,7 +113,7 @@ class OptimizerHolder:
             actions.append(_install_action(slots, {slot: _filled(slots, slot, tree) for slot, tree in values.items()}))
         actions += group_actions(self._groups(), saved, name=self._name)
         for optimizer in self._optimizers:
-            if isinstance(optimizer, ZeroRedundancyOptimizer):
+            if _is_zero(optimizer):
                 actions.append(_sync_action(optimizer))
         return actions
 
@@ -193,9 +193,15 @@ class OptimizerHolder:
         return out
 
 
+def _is_zero(optimizer: Optimizer) -> bool:
+    """True for a ZeroRedundancyOptimizer. Looked up, not imported: its package compiles TorchScript on import."""
+    module = sys.modules.get("torch.distributed.optim.zero_redundancy_optimizer")
+    return module is not None and isinstance(optimizer, module.ZeroRedundancyOptimizer)
+
+
 def _inner(optimizer: Optimizer) -> Optimizer:
     """The optimizer that has the state: of a ZeroRedundancyOptimizer the one of this rank's share of the parameters."""
-    if not isinstance(optimizer, ZeroRedundancyOptimizer):
+    if not _is_zero(optimizer):
         return optimizer
     zero: Any = optimizer
     zero._check_overlap_initialized()

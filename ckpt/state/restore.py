@@ -1,8 +1,8 @@
 """A checkpoint back into a user's state.
 
-In: a state, the checkpoint's tensors and objects. Out: writable memory for the wanted tensors, and the step that installs the
-rest. Nothing of the state changes before the bytes are read into that memory; optimizers, schedulers and the like change in
-`restore` only.
+In: a state, the checkpoint's tensors and objects. Out: writable memory for the wanted tensors, and the step that
+installs the rest. Nothing of the state changes before the bytes are read into that memory; optimizers, schedulers and
+the like change in `restore` only.
 """
 
 from __future__ import annotations
@@ -35,14 +35,15 @@ class LoadTarget:
     _rank: int
     _world: int
 
-    def check(self, objects: Mapping[str, Sequence[StoredObjectRow]], *, saved: SavedWorld) -> None:
+    def check(self, objects: Mapping[str, Sequence[StoredObjectRow]], saved: SavedWorld) -> None:
         """Decode all objects and raise what `restore` would raise, before a byte of the target changes."""
         self._prepare(objects, saved)
 
-    def restore(self, objects: Mapping[str, Sequence[StoredObjectRow]], *, saved: SavedWorld) -> None:
+    def restore(self, objects: Mapping[str, Sequence[StoredObjectRow]], saved: SavedWorld) -> None:
         """Install everything once the bytes are in place. Objects that are not given stay as they are.
 
-        Errors: MismatchError where rows differ and none is known to be this rank's, DamagedError for bytes that are no object.
+        Errors: MismatchError where rows differ and none is known to be this rank's, DamagedError for bytes that are no
+        object.
         """
         actions = self._prepare(objects, saved)
         with torch.no_grad():

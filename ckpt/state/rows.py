@@ -49,7 +49,7 @@ class Rows:
         """(rank, tree) of each distinct payload, under the lowest rank that stored it."""
         first: dict[bytes, int] = {}
         for row in self.of(name):
-            first.setdefault(row.payload, row.rank)
+            first.setdefault(_document(row), row.rank)
         return [(rank, decode(payload, name=name)) for payload, rank in first.items()]
 
     def chosen(self, name: str) -> StoredObjectRow | None:
@@ -58,7 +58,7 @@ class Rows:
         All rows equal: any. Rows that differ: this rank's own on an unchanged world and layout, else MismatchError.
         """
         rows = self.of(name)
-        if not rows or all(row.payload == rows[0].payload for row in rows):
+        if not rows or all(_document(row) == _document(rows[0]) for row in rows):
             return rows[0] if rows else None
         ranks = [row.rank for row in rows]
         if self.saved.world == self.world and self.saved.same_layout:
@@ -80,3 +80,8 @@ class Rows:
                 "save what ranks do not share under keys of their own, or make it equal on all ranks before saving",
             ),
         )
+
+
+def _document(row: StoredObjectRow) -> bytes:
+    """The payload without the spaces that keep its place in the image when it gets longer."""
+    return row.payload.rstrip(b" ")

@@ -43,10 +43,11 @@ def take_tensors(value: Any, name: str) -> tuple[Tree, dict[str, torch.Tensor]]:
         if depth >= OBJECT_DEPTH_MAX:
             raise InvalidInputError(f"`{path[:200]}` is nested deeper than {OBJECT_DEPTH_MAX}", kind="too-deep")
         if kind in _DICTS:
-            pairs = {key: visit(one, f"{path}/{key}", depth + 1) for key, one in item.items()}
+            pairs: dict[Any, Any] = {key: visit(one, f"{path}/{key}", depth + 1) for key, one in item.items()}
             if isinstance(item, collections.defaultdict):
                 return collections.defaultdict(item.default_factory, pairs)
-            return kind(pairs)
+            made: Any = kind
+            return made(pairs)
         items = [visit(one, f"{path}/{i}", depth + 1) for i, one in enumerate(item)]
         return collections.deque(items, item.maxlen) if kind is collections.deque else kind(items)
 

@@ -1,7 +1,7 @@
 """A user's state to named tensors with boxes and typed objects.
 
-In: a state dict. Out: `LocalState` for a save, and the holders that a load works with. Called on every rank, communicates with
-nobody, changes nothing.
+In: a state dict. Out: `LocalState` for a save, and the holders that a load works with. Called on every rank,
+communicates with nobody, changes nothing.
 """
 
 from __future__ import annotations
@@ -51,8 +51,8 @@ def collect(
         names: names of parameters that optimizers hold and no module in the state has, as `module.named_parameters()`.
 
     Returns:
-        Specs and objects sorted by name. Pieces point into the tensors' own host memory, or into pinned copies of those on a
-        device. Boxes without elements have no piece.
+        Specs and objects sorted by name. Pieces point into the tensors' own host memory, or into pinned copies of those
+        on a device. Boxes without elements have no piece.
 
     Errors: InvalidInputError that names the key and what is wrong with it. Called on every rank; no communication.
     """
