@@ -1,7 +1,7 @@
 """NumPy values in the typed tree: arrays, scalars and dtypes, as dtype text plus little-endian bytes.
 
-In: NumPy values, or the fields of a tagged node. Out: the fields, or the values. Pure. Never holds Python objects in an array,
-and never gives NumPy a dtype text that it did not check first.
+In: NumPy values, or the fields of a tagged node. Out: the fields, or the values. Pure. Never holds Python objects in an
+array, and never gives NumPy a dtype text that it did not check first.
 """
 
 from __future__ import annotations
@@ -26,9 +26,9 @@ _CODE_POINT_MAX = 0x10FFFF
 def dtype_text(dtype: np.dtype[Any]) -> str:
     """NumPy's text of a dtype, as `<f4`; ValueError for one that the tree cannot hold."""
     text = dtype.str
-    # The second test refuses dtypes of other packages (ml_dtypes.bfloat16 calls itself `<V2`) rather than losing their kind.
+    # The second test refuses dtypes of other packages that borrow a text of NumPy's, rather than losing their kind.
     if _DTYPE.fullmatch(text) is None or np.dtype(text) != dtype:
-        raise ValueError(f"dtype `{dtype}` has no place in a checkpoint")
+        raise ValueError(f"its dtype is `{dtype}`")
     return text
 
 
