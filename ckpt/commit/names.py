@@ -81,7 +81,8 @@ def claims_prefix(step: int) -> str:
 
 def claim_key(step: int, attempt: str) -> str:
     """Key of the claim of `attempt` on `step`."""
-    return f"{attempt_folder(step, attempt).replace('/', '/claims/')}.json"
+    attempt_folder(step, attempt)  # checks the attempt
+    return f"{claims_prefix(step)}{attempt}.json"
 
 
 def parse_claim(name: str) -> str | None:

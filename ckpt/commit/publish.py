@@ -153,6 +153,8 @@ def _put_under_claim(store: Store, step: int, attempt: str, manifest: bytes, cla
     try:
         store.put(names.manifest_key(step), manifest)
     except StoreError as error:
+        if error.kind != "unreachable":
+            claim.release()
         _resolve_lost_answer(store, step, attempt, error)
     refuse_existing_other(store, step, attempt)
     claim.release()
@@ -162,11 +164,7 @@ def _resolve_lost_answer(store: Store, step: int, attempt: str, error: StoreErro
     """Return when the manifest is ours in spite of `error`; raise what is known when not."""
     if error.kind != "unreachable":
         raise error  # refused, or a failed sync: whether it shows or not, it is not durable
-    unknown = StoreError(
-        f"the store went away while step {step} was being published: it may be complete or not ({error.message})",
-        kind="outcome-unknown",
-        hints=(f"`ckpt ls` shows whether step {step} is complete; the step before it is untouched",),
-    )
+    unknown = _unknown_error(step, error)
     try:
         winner = published_attempt(store, step)
     except StoreError:
@@ -189,10 +187,21 @@ def _withdraw_if_aborted(store: Store, step: int, attempt: str) -> None:
     gc marks an attempt as aborted and then looks for its manifest; we create the manifest and then look for the mark. So at
     least one of the two sees the other: gc keeps the data, or we take back a manifest whose data may be gone.
     """
-    reason = abort_reason(store, step, attempt)
+    try:
+        reason = abort_reason(store, step, attempt)
+    except StoreError as error:
+        raise _unknown_error(step, error) from error
     if reason is not None:
         store.delete([names.manifest_key(step)])
         raise RankFailedError(f"step {step} was aborted while it was being published: {reason}", kind="aborted")
+
+
+def _unknown_error(step: int, error: StoreError) -> StoreError:
+    return StoreError(
+        f"the store went away while step {step} was being published: it may be complete or not ({error.message})",
+        kind="outcome-unknown",
+        hints=(f"`ckpt ls` shows whether step {step} is complete; the step before it is untouched",),
+    )
 
 
 def _exists_error(store: Store, step: int) -> AlreadyExistsError:

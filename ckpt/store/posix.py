@@ -13,7 +13,6 @@ import errno
 import os
 import secrets
 import stat
-import time
 from collections.abc import Iterator, Sequence
 
 from ckpt.config import Options
@@ -48,7 +47,7 @@ class PosixStore:
 
     def read(self, key: str, start: int = 0, stop: int | None = None) -> bytes:
         with self._opened(key) as (fd, size):
-            end = size if stop is None else stop
+            end = max(start, size) if stop is None else stop
             self._check_range(key, start, end, size)
             buffer = bytearray(end - start)
             self._fill(fd, key, start, memoryview(buffer))
@@ -129,7 +128,14 @@ class PosixStore:
 
     def sweep(self, prefix: str, *, older_than_s: float) -> int:
         """Remove unfinished files and empty folders below `prefix` that nobody touched for `older_than_s`."""
-        return self._sweep(_prefix_parts(prefix), older_than_s)
+        parts = _prefix_parts(prefix)
+        if not os.path.isdir(self._root):
+            return 0
+        temporary = f"{_TEMPORARY}{secrets.token_hex(8)}"
+        with self._made_with_file((), temporary) as (folder, fd):
+            now_s = os.fstat(fd).st_mtime  # the clock of the file server, not of this machine
+            os.unlink(temporary, dir_fd=folder)
+        return self._sweep(parts, older_than_s, now_s)
 
     def close(self) -> None:
         """Nothing is held."""
@@ -254,10 +260,9 @@ class PosixStore:
         for name in subfolders:
             self._walk((*folders, name), entries)
 
-    def _sweep(self, folders: tuple[str, ...], older_than_s: float) -> int:
+    def _sweep(self, folders: tuple[str, ...], older_than_s: float, now_s: float) -> int:
         subfolders, files = self._scan(folders)
-        removed = sum(self._sweep((*folders, name), older_than_s) for name in subfolders)
-        now_s = time.time()
+        removed = sum(self._sweep((*folders, name), older_than_s, now_s) for name in subfolders)
         for name, status in files:
             if name.startswith(_TEMPORARY) and now_s - status.st_mtime >= older_than_s:
                 with contextlib.suppress(FileNotFoundError), self._tree.opened(folders) as folder:
