@@ -1,6 +1,6 @@
 """Fixtures `rclone_s3` and `moto_s3`: one S3 server of each kind per test session, for any test folder.
 
-Import them in a conftest: `from tests.fixtures_s3 import moto_s3, rclone_s3  # noqa: F401`, or load this file as a plugin.
+Import them in a conftest (`from tests.fixtures_s3 import moto_s3, rclone_s3`), or load this file as a plugin.
 """
 
 from __future__ import annotations

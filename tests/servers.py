@@ -1,7 +1,7 @@
 """Real S3 servers in processes of their own, on loopback, with credentials: started, checked, stopped.
 
-`rclone serve s3` ignores conditional puts (it answers 200 and overwrites), `moto_server` honours them: what must work with
-S3 is run on both. A server is stopped by the process object that started it, and only that.
+`rclone serve s3` ignores conditional puts (it answers 200 and overwrites), `moto_server` honours them: what must work
+with S3 is run on both. A server is stopped by the process object that started it, and only that.
 """
 
 from __future__ import annotations
@@ -120,9 +120,7 @@ def _program(name: str) -> str:
 
 
 @contextlib.contextmanager
-def _running(
-    name: str, command: list[str], port: int, *, honours_conditions: bool, log: Path
-) -> Iterator[S3Server]:
+def _running(name: str, command: list[str], port: int, *, honours_conditions: bool, log: Path) -> Iterator[S3Server]:
     environment = {key: value for key, value in os.environ.items() if not key.startswith(("RCLONE_", "AWS_"))}
     with log.open("wb") as output:
         process = subprocess.Popen(command, stdout=output, stderr=output, stdin=subprocess.DEVNULL, env=environment)

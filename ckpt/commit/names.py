@@ -1,7 +1,7 @@
 """The names of everything in a run folder, and their strict parsing.
 
-In: steps, attempts, ranks. Out: keys, or None for a name that is not one of ours. Pure. Never guesses: a name that would not
-be written by this module is not read by it.
+In: steps, attempts, ranks. Out: keys, or None for a name that is not one of ours. Pure. Never guesses: a name that
+would not be written by this module is not read by it.
 
     step-000000001000/manifest.json                                 the commit point
     step-000000001000/forgotten.json                                what was the manifest, until `gc` or `unforget`

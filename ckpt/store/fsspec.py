@@ -4,8 +4,8 @@ In: an fsspec URL and storage options. Out: a `Store`. Durable means what the ba
 caches a listing or a file system object: other writers' objects must be seen, and a forked child must not use the
 connections of its parent.
 
-fsspec has no create-if-absent that holds on every back end (its default asks and then writes), so `conditional_create` is
-False here and the claim rule of ckpt/commit/claims.py applies.
+fsspec has no create-if-absent that holds on every back end (its default asks and then writes), so `conditional_create`
+is False here and the claim rule of ckpt/commit/claims.py applies.
 """
 
 from __future__ import annotations

@@ -26,8 +26,8 @@ def open_store(
 ) -> Store:
     """The store at `url`: a local path, `file://`, `s3://bucket/prefix`, or any other URL that fsspec knows.
 
-    Nothing is made and no request sent yet. Endpoint and credentials of S3 come from the usual AWS variables and files, or
-    from `storage_options`, which go to the fsspec file system.
+    Nothing is made and no request sent yet. Endpoint and credentials of S3 come from the usual AWS variables and files,
+    or from `storage_options`, which go to the fsspec file system.
 
     Raises:
         InvalidInputError: `bad-url` for what is neither a path nor a known URL, or holds credentials.

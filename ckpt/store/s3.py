@@ -1,11 +1,12 @@
 """Bytes by key in an S3 bucket, through s3fs.
 
-In: an `s3://bucket/prefix` URL; endpoint, region and credentials from the environment, a profile, or storage options. Out: a
-`Store`. Never caches a listing, never takes a refusal or a lost answer for a verdict before it has read back, never puts a
-credential into a URL or a message.
+In: an `s3://bucket/prefix` URL; endpoint, region and credentials from the environment, a profile, or storage options.
+Out: a `Store`. Never caches a listing, never takes a refusal or a lost answer for a verdict before it has read back,
+never puts a credential into a URL or a message.
 
-Requests are made on the event loop thread of fsspec. Retries with back-off are botocore's (`store_attempts`), those of s3fs
-are switched off so that the two do not multiply. Whether the server honours `If-None-Match: *` is probed on first use.
+Requests are made on the event loop thread of fsspec. Retries with back-off are botocore's (`store_attempts`), those of
+s3fs are switched off so that the two do not multiply. Whether the server honours `If-None-Match: *` is probed on first
+use.
 """
 
 from __future__ import annotations
@@ -63,7 +64,7 @@ class S3Store:
                 self._conditional = self._probe()
             return self._conditional
 
-    # ----------------------------------------------------------------------------------------------------------- reading
+    # ---- reading
 
     def read(self, key: str, start: int = 0, stop: int | None = None) -> bytes:
         if stop is None and start:
@@ -111,7 +112,7 @@ class S3Store:
         }
         return sorted(found)
 
-    # ----------------------------------------------------------------------------------------------------------- writing
+    # ---- writing
 
     def open_writer(self, key: str, *, nbytes: int | None = None) -> S3Writer:
         if self.exists(key):
@@ -162,7 +163,8 @@ class S3Store:
         now_s = email.utils.parsedate_to_datetime(answer["ResponseMetadata"]["HTTPHeaders"]["date"]).timestamp()
         removed = 0
         for upload in answer.get("Uploads", ()):
-            # The server is asked for this prefix only, and still every name is looked at: these are other people's data.
+            # The server is asked for this prefix only, and still every name is looked at: these are other people's
+            # data.
             if (
                 upload["Key"].startswith(self._prefix + prefix)
                 and now_s - upload["Initiated"].timestamp() >= older_than_s
@@ -178,7 +180,8 @@ class S3Store:
         if fs is not None and fs._s3 is not None:
             fs.close_session(fs.loop, fs._s3)
 
-    # ---------------------------------------------------------------------------------------------- for S3Writer and here
+    # ---- for S3Writer and
+    # here
 
     def request(self, key: str, verb: str, method: str, **arguments: Any) -> Any:
         """One request about one key, with its failure explained."""
@@ -209,7 +212,7 @@ class S3Store:
                 part.cancel()
                 raise
 
-    # ---------------------------------------------------------------------------------------------------------- requests
+    # ---- requests
 
     def _fs(self) -> S3FileSystem:
         fs = self._systems.get(os.getpid())
@@ -330,10 +333,11 @@ class S3Store:
         text = f"`{key}` in {self._url} is truncated: expected at least {expected} bytes, found {found}"
         return DamagedError(text, kind="truncated")
 
-    # ---------------------------------------------------------------------------------------------- conditional creation
+    # ---- conditional
+    # creation
 
     def _is_there(self, key: str, data: bytes) -> bool:
-        """True when the key holds exactly `data`, False when it is absent; AlreadyExistsError when it holds something else."""
+        """True when the key holds exactly `data`, False when it is absent, else AlreadyExistsError."""
         try:
             found = self.read(key)
         except NotFoundError:

@@ -1,7 +1,7 @@
 """Say what a failed S3 request means.
 
-In: the exception of s3fs or botocore. Out: a `ckpt.errors` class with a hint. Pure. Never shows a credential: messages are
-built from codes, and from the server's own text only.
+In: the exception of s3fs or botocore. Out: a `ckpt.errors` class with a hint. Pure. Never shows a credential: messages
+are built from codes, and from the server's own text only.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Upload one new object in parts, several at a time, in bounded memory.
 
-In: memoryviews of any size. Out: an S3 object, visible only when `commit` returns. Never keeps more parts in memory than the
-store has slots for, plus the one being filled; never leaves an upload open after `abort`.
+In: memoryviews of any size. Out: an S3 object, visible only when `commit` returns. Never keeps more parts in memory
+than the store has slots for, plus the one being filled; never leaves an upload open after `abort`.
 """
 
 from __future__ import annotations
