@@ -43,7 +43,7 @@ def wheres(draw: st.DrawFn, mesh: Mesh, pipeline: Pipeline | None) -> Where:
     steps = tuple(ShardStep(axis=axis, dim=draw(st.integers(0, 3))) for axis in cut)
     firsts = list({step.dim: step.axis for step in reversed(steps)}.values())
     free = [axis for axis in mesh.names if axis not in cut]
-    special = draw(st.sampled_from(["none", "parts", "num", "pad"])) if firsts else "none"
+    special = draw(st.sampled_from(["none", "parts", "num", "pad"] if firsts else ["none"]))
     parts = pad = None
     if special == "parts":
         parts = Parts(axis=firsts[0], sizes=tuple(draw(st.lists(st.integers(1, 9), min_size=1, max_size=3))))
@@ -52,8 +52,9 @@ def wheres(draw: st.DrawFn, mesh: Mesh, pipeline: Pipeline | None) -> Where:
     elif special == "pad":
         pad = Pad(axis=firsts[0], multiple=draw(st.integers(1, 9)), size=draw(st.none() | st.integers(1, 99)))
     flat = None
-    if free and draw(st.booleans()):
-        order = tuple(draw(st.lists(TEXT, unique=True, max_size=3)))
+    if free and draw(st.integers(0, 1)):
+        names: list[str] = draw(st.lists(TEXT, unique=True, max_size=3))
+        order = tuple(names)
         flat = Flat(axis=free[0], multiple=draw(st.integers(1, 9)), order=order, name=draw(TEXT))
     on: dict[str, tuple[int, ...]] = {}
     for axis in free[1:]:
@@ -66,7 +67,7 @@ def wheres(draw: st.DrawFn, mesh: Mesh, pipeline: Pipeline | None) -> Where:
         parts=parts,
         pad=pad,
         experts=Experts(axis=mesh.names[0], num=draw(st.integers(1, 9))) if draw(st.booleans()) else None,
-        stage=draw(st.sampled_from(stages)),  # type: ignore[arg-type]
+        stage=draw(st.sampled_from(stages)),
         on=tuple(sorted(on.items())),
         flat=flat,
         shape=draw(st.none() | st.lists(st.integers(0, 9), max_size=4).map(tuple)),
@@ -168,6 +169,7 @@ def test_faults_of_plain_data_are_named_with_their_path() -> None:
     document["rules"][0]["shard"][1] = {"dp": "zero"}
     with pytest.raises(InvalidInputError, match=r"layout rules\[0\]\.shard\[1\]\.dp: dim of axis `dp` must be a whole"):
         from_document(document)
+    wrong: object
     for wrong in ([], "x", {1: 2}, {"version": True}, {"version": 1, "mesh": {}, "rules": [1.5]}):
         with pytest.raises(InvalidInputError):
             from_document(wrong)
