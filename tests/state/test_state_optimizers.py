@@ -1,7 +1,7 @@
 """Optimizer state belongs to its parameter by name; hyperparameters follow their parameters.
 
-Goal: order of groups, frozen parameters, missing state and other optimizers change nothing. Method: train, save, load into
-optimizers made differently, compare states by parameter name.
+Goal: order of groups, frozen parameters, missing state and other optimizers change nothing. Method: train, save, load
+into optimizers made differently, compare states by parameter name.
 """
 
 from __future__ import annotations
