@@ -1,7 +1,7 @@
 """Goal: whatever the number of data-parallel ranks does, and however far apart they are, no sample is lost or repeated.
 
-Method: hypothesis draws phases of (degree, progress of each rank); everything that was delivered is compared with the stream
-itself, computed here by a plain list; the same degree is compared with an undisturbed run.
+Method: hypothesis draws phases of (degree, progress of each rank); everything that was delivered is compared with the
+stream itself, computed here by a plain list; the same degree is compared with an undisturbed run.
 """
 
 from __future__ import annotations
@@ -224,11 +224,26 @@ def test_states_that_do_not_belong_together_are_refused() -> None:
 @pytest.mark.parametrize(
     ("field", "value"),
     [
-        ("version", 2), ("order", "other"), ("taken", -1), ("taken", 2**62), ("taken", True), ("next", -1), ("next", 2**63),
-        ("epoch", 2**60), ("seed", 2**63), ("dp_rank", 1), ("dp_size", 0), ("left", np.array([3, 3])), ("left", [1]),
-        ("left", np.array([-1])), ("left", np.array([100])), ("left", np.array([1.0])), ("num_samples", 0), ("extra", 1),
+        ("version", 2),
+        ("order", "other"),
+        ("taken", -1),
+        ("taken", 2**62),
+        ("taken", True),
+        ("next", -1),
+        ("next", 2**63),
+        ("epoch", 2**60),
+        ("seed", 2**63),
+        ("dp_rank", 1),
+        ("dp_size", 0),
+        ("left", np.array([3, 3])),
+        ("left", [1]),
+        ("left", np.array([-1])),
+        ("left", np.array([100])),
+        ("left", np.array([1.0])),
+        ("num_samples", 0),
+        ("extra", 1),
     ],
-)  # fmt: skip
+)
 def test_a_damaged_state_is_refused_and_changes_nothing(field: str, value: Any) -> None:
     sampler = ElasticSampler(10)
     take(sampler, 3)

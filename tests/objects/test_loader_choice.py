@@ -198,6 +198,7 @@ def test_rows_that_miss_a_share_or_disagree_on_the_degree_are_refused() -> None:
 
 
 @pytest.mark.skipif(importlib.util.find_spec("torchdata") is None, reason="needs torchdata (pip install --no-deps)")
+@pytest.mark.filterwarnings("ignore:.set_vital. is deprecated")  # torchdata 0.11 on torch 2.13
 def test_the_real_stateful_data_loader_is_exact_at_its_degree_and_refused_at_another() -> None:
     from torchdata.stateful_dataloader import StatefulDataLoader
     from torchdata.stateful_dataloader.sampler import StatefulDistributedSampler

@@ -1,4 +1,4 @@
-"""Goal: what does not fit is refused by name, and damaged or hostile bytes end in DamagedError, never in a crash or a hang.
+"""Goal: what does not fit is refused by name, and damaged or hostile bytes end in DamagedError, not in a crash.
 
 Method: hand-made cases for each rule; hypothesis mutates valid documents; every cut of one document.
 """
@@ -114,18 +114,54 @@ def test_an_object_beyond_the_size_limit_is_refused(monkeypatch: pytest.MonkeyPa
 @pytest.mark.parametrize(
     "data",
     [
-        b"", b" ", b"nul", b"[1,]", b"[1] 2", b"\xef\xbb\xbf[1]", b"\xff", b'"\xed\xa0\x80"', b'"\\ud800"', b'{"\\ud800":1}',
-        b"NaN", b"Infinity", b"-Infinity", b"1e999", b"01", b"-0", b"9223372036854775808", b"1" * 5000, b'{"a":1,"a":1}',
-        b'{"$type":"nonsense"}', b'{"$type":1}', b'{"$type":null}', b'{"$type":["tuple"]}', b'{"$type":"tuple"}',
-        b'{"$type":"tuple","items":{}}', b'{"$type":"tuple","items":[],"more":1}', b'{"$type":"set","items":[1,1.0]}',
-        b'{"$type":"set","items":[[]]}', b'{"$type":"dict","items":[[1,2],[1,3]]}', b'{"$type":"dict","items":[[[],2]]}',
-        b'{"$type":"dict","items":[[1]]}', b'{"$type":"int","hex":"10"}', b'{"$type":"int","hex":"0x"}',
-        b'{"$type":"float","bits":"7ff"}', b'{"$type":"complex","real":1,"imag":0.0}', b'{"$type":"bytes","base64":"YQ"}',
-        b'{"$type":"bytes","base64":"YR=="}', b'{"$type":"bytes","base64":"Y Q="}', b'{"$type":"bytes","base64":7}',
-        b'{"$type":"str","base64":"/w=="}', b'{"$type":"deque","maxlen":1,"items":[1,2]}',
-        b'{"$type":"defaultdict","factory":"os.system","items":[]}', b'{"$type":"range","start":0,"stop":1,"step":0}',
-        b'{"$type":"range","start":0.5,"stop":1,"step":1}', b'{"$type":"tensor","name":""}', b'{"$type":"tensor","name":1}',
-        b'{"$type":"numpy-dtype","dtype":"O"}', b'{"$type":"numpy-dtype","dtype":"f4,f4"}',
+        b"",
+        b" ",
+        b"nul",
+        b"[1,]",
+        b"[1] 2",
+        b"\xef\xbb\xbf[1]",
+        b"\xff",
+        b'"\xed\xa0\x80"',
+        b'"\\ud800"',
+        b'{"\\ud800":1}',
+        b"NaN",
+        b"Infinity",
+        b"-Infinity",
+        b"1e999",
+        b"01",
+        b"-0",
+        b"9223372036854775808",
+        b"1" * 5000,
+        b'{"a":1,"a":1}',
+        b'{"$type":"nonsense"}',
+        b'{"$type":1}',
+        b'{"$type":null}',
+        b'{"$type":["tuple"]}',
+        b'{"$type":"tuple"}',
+        b'{"$type":"tuple","items":{}}',
+        b'{"$type":"tuple","items":[],"more":1}',
+        b'{"$type":"set","items":[1,1.0]}',
+        b'{"$type":"set","items":[[]]}',
+        b'{"$type":"dict","items":[[1,2],[1,3]]}',
+        b'{"$type":"dict","items":[[[],2]]}',
+        b'{"$type":"dict","items":[[1]]}',
+        b'{"$type":"int","hex":"10"}',
+        b'{"$type":"int","hex":"0x"}',
+        b'{"$type":"float","bits":"7ff"}',
+        b'{"$type":"complex","real":1,"imag":0.0}',
+        b'{"$type":"bytes","base64":"YQ"}',
+        b'{"$type":"bytes","base64":"YR=="}',
+        b'{"$type":"bytes","base64":"Y Q="}',
+        b'{"$type":"bytes","base64":7}',
+        b'{"$type":"str","base64":"/w=="}',
+        b'{"$type":"deque","maxlen":1,"items":[1,2]}',
+        b'{"$type":"defaultdict","factory":"os.system","items":[]}',
+        b'{"$type":"range","start":0,"stop":1,"step":0}',
+        b'{"$type":"range","start":0.5,"stop":1,"step":1}',
+        b'{"$type":"tensor","name":""}',
+        b'{"$type":"tensor","name":1}',
+        b'{"$type":"numpy-dtype","dtype":"O"}',
+        b'{"$type":"numpy-dtype","dtype":"f4,f4"}',
         b'{"$type":"numpy-array","dtype":"|O","shape":[1],"base64":"AAAAAAAAAAA="}',
         b'{"$type":"numpy-array","dtype":"<f4","shape":[2],"base64":"AACAPw=="}',
         b'{"$type":"numpy-array","dtype":">f4","shape":[1],"base64":"AACAPw=="}',
@@ -135,10 +171,11 @@ def test_an_object_beyond_the_size_limit_is_refused(monkeypatch: pytest.MonkeyPa
         b'{"$type":"numpy-array","dtype":"|b1","shape":[1],"base64":"Ag=="}',
         b'{"$type":"numpy-array","dtype":"<U1","shape":[1],"base64":"/////w=="}',
         b'{"$type":"numpy-array","dtype":"|S999999999","shape":[1],"base64":""}',
-        b'{"$type":"numpy-scalar","dtype":"<U1","base64":"YQAAAA=="}', b'{"$type":"numpy-scalar","dtype":"<f4","base64":""}',
+        b'{"$type":"numpy-scalar","dtype":"<U1","base64":"YQAAAA=="}',
+        b'{"$type":"numpy-scalar","dtype":"<f4","base64":""}',
     ],
     ids=lambda data: repr(data)[:40],
-)  # fmt: skip
+)
 def test_bytes_that_are_no_tree_are_damaged(data: bytes) -> None:
     with pytest.raises(DamagedError) as caught:
         decode(data, name="scheduler")
@@ -281,8 +318,15 @@ def test_a_class_defined_again_replaces_its_codec() -> None:
 
 @pytest.mark.parametrize(
     ("kind", "tag"),
-    [(dict, "tests.Dict"), (np.float32, "tests.F"), (Colour, "colour"), (Colour, ""), (Colour, "a..b"), (Colour, "tests.Taken")],
-)  # fmt: skip
+    [
+        (dict, "tests.Dict"),
+        (np.float32, "tests.F"),
+        (Colour, "colour"),
+        (Colour, ""),
+        (Colour, "a..b"),
+        (Colour, "tests.Taken"),
+    ],
+)
 def test_a_codec_that_would_be_ambiguous_is_refused(kind: type, tag: str) -> None:
     register_codec(Warm, tag="tests.Taken", to_tree=int, from_tree=Warm)
     with pytest.raises(InvalidInputError) as caught:
