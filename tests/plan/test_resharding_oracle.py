@@ -14,9 +14,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ckpt.commit.assemble import Assembler
+from ckpt.config import Options
 from ckpt.engine.pack import Packer, make_program
 from ckpt.engine.read import ReadJob, find_damage, run_reads
-from ckpt.config import Options
 from ckpt.errors import DamagedError
 from ckpt.format import index
 from ckpt.format.image import lay_out, parse_header
