@@ -116,6 +116,14 @@ def choose_state(
     """
     if not rows:
         raise DamagedError(f"object `{name}` has no rows")
+    tree = _choose(rows, loader, name, rank, world, same_layout)
+    check = getattr(loader, "check_state", None)
+    if callable(check):
+        check(tree)
+    return tree
+
+
+def _choose(rows: Sequence[LoaderRow], loader: Any, name: str, rank: int, world: int, same_layout: bool) -> Tree:
     now, saved_size = dp_of(loader), _saved_dp_size(rows, name)
     if now is None or saved_size is None:
         return _same_rank(rows, loader, name, rank, world, same_layout)

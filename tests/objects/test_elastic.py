@@ -166,6 +166,18 @@ def test_a_state_at_the_end_of_a_pass_does_not_repeat_it() -> None:
     assert sorted(after) == list(range(6))
 
 
+def test_ranks_in_different_epochs_go_on_in_the_earlier_one() -> None:
+    ahead, behind = begin(10, 2, seed=1)
+    take(behind, 2)
+    head = take(ahead, 7)
+    assert (ahead.epoch, behind.epoch) == (1, 0)
+    [one] = reshard([ahead, behind], 1, tail="deal")
+    assert one.epoch == 0
+    rest = list(one)  # what the slow rank had not yet read of epoch 0
+    assert rest == stream(10, 1, 1)[5::2] and one.epoch == 1
+    assert sorted(head[5:] + list(one)) == list(range(10))
+
+
 def test_set_epoch_goes_forward_only(caplog: pytest.LogCaptureFixture) -> None:
     sampler = ElasticSampler(6, seed=2)
     sampler.set_epoch(0)

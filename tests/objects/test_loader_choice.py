@@ -155,6 +155,14 @@ def test_a_changed_degree_is_resharded_by_a_loader_that_can() -> None:
     assert sorted(delivered) == list(range(40))
 
 
+def test_a_state_that_the_loader_would_refuse_is_refused_before_anything_changes() -> None:
+    rows = rows_of([ElasticSampler(9, dp_rank=share, dp_size=2) for share in range(2)])
+    for loader in (ElasticSampler(10, dp_size=2), ElasticLoader(range(8), batch_size=2), ElasticSampler(10, dp_size=3)):
+        with pytest.raises(MismatchError) as caught:
+            choose(rows, loader, rank=0, world=2)
+        assert caught.value.kind == "loader-samples"
+
+
 def _first(sampler: ElasticSampler) -> list[int]:
     again = ElasticSampler(40, dp_rank=sampler.dp_rank, dp_size=sampler.dp_size, seed=1)
     return [index for index, _ in zip(again, range(sampler.taken), strict=False)]

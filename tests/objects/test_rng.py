@@ -159,6 +159,8 @@ def test_other_names_or_kinds_of_generators_are_refused_and_change_nothing() -> 
         before = encode(state.state_tree(), name="rng")
         with pytest.raises(MismatchError):
             state.load_state_tree(saved)
+        with pytest.raises(MismatchError):  # known before anything of a load has changed
+            state.prepare_rows([(0, encode(saved, name="rng"))], rank=0, world=1)
         assert encode(state.state_tree(), name="rng") == before
     for bad in (object(), "seed", random.SystemRandom()):
         with pytest.raises(InvalidInputError):
