@@ -52,7 +52,8 @@ def wheres(draw: st.DrawFn, mesh: Mesh, pipeline: Pipeline | None) -> Where:
     elif special == "pad":
         pad = Pad(axis=firsts[0], multiple=draw(st.integers(1, 9)), size=draw(st.none() | st.integers(1, 99)))
     flat = None
-    if free and draw(st.integers(0, 1)):
+    in_flat = draw(st.booleans())
+    if free and in_flat:
         names: list[str] = draw(st.lists(TEXT, unique=True, max_size=3))
         order = tuple(names)
         flat = Flat(axis=free[0], multiple=draw(st.integers(1, 9)), order=order, name=draw(TEXT))
