@@ -133,9 +133,9 @@ def _pipeline(config: ModelConfig, seed: int, world: int, batch_shape: tuple[int
     initialise(model, seed=seed)
     sequences, tokens = batch_shape
     micro = sequences // MICRO_BATCHES
-    # Shapes are given, so that the stages need not ask each other for them.
-    activations = torch.empty(micro, tokens, config.width, device="meta")
-    logits = torch.empty(micro, tokens, config.vocabulary_size, device="meta")
+    # Shapes, and what needs a gradient, are given, so that the stages need not ask each other for them.
+    activations = torch.empty(micro, tokens, config.width, device="meta", requires_grad=True)
+    logits = torch.empty(micro, tokens, config.vocabulary_size, device="meta", requires_grad=True)
     stage = PipelineStage(
         model,
         rank,
