@@ -25,6 +25,7 @@ class Options:
     poll_start_s: float = 0.002  # first pause between looks at the store
     poll_max_s: float = 0.25  # longest pause between looks
     chunk_bytes: int = 16 * MIB  # one buffer of the write path
+    copy_threads: int = 2  # of one rank, for copies and checksums
     write_buffers: int = 3  # buffers of the write path per save
     read_bytes_max: int = 16 * MIB  # one read
     read_gap_bytes_max: int = 16 * KIB  # two ranges nearer than this are read as one

@@ -6,6 +6,7 @@ In: nothing. Out: `TensorSpec`, `PieceTable`, `StoredObject`. Pure. The common v
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -41,6 +42,15 @@ class TensorSpec:
     @property
     def nbytes(self) -> int:
         return math.prod(self.shape) * self.itemsize
+
+
+def global_shapes(specs: Sequence[TensorSpec], num_dims: int) -> Int64Array:
+    """[T, D] shapes, padded with 1. A tensor of more dims has no box in a table of `num_dims` dims: its row is cut."""
+    out = np.ones((len(specs), num_dims), np.int64)
+    for row, spec in enumerate(specs):
+        shape = spec.shape[:num_dims]
+        out[row, : len(shape)] = shape
+    return out
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -84,3 +94,11 @@ class LocalState:
     pieces: PieceTable  # `boxes.tensor` indexes `specs`
     objects: list[StoredObject]  # sorted by name; empty for a load target
     keep_alive: tuple[object, ...] = ()  # owners of the memory that `pieces` points into
+
+    @staticmethod
+    def empty() -> LocalState:
+        """Of a rank that holds nothing."""
+        none = np.empty(0, np.uint64)
+        boxes = BoxTable.build(())
+        pieces = PieceTable(boxes=boxes, address=none, limit=none, strides=np.zeros((0, boxes.num_dims), np.int64))
+        return LocalState(specs=[], pieces=pieces, objects=[])

@@ -1,7 +1,7 @@
 """What ckpt asks of a place that holds bytes by key.
 
-In: keys (relative, `/`-separated, checked) and bytes. Out: bytes. A `Store` never interprets what it holds, never retries a
-write that may have landed without saying so, and turns every failure of its back end into a `ckpt.errors` class.
+In: keys (relative, `/`-separated, checked) and bytes. Out: bytes. A `Store` never interprets what it holds, never retries
+a write that may have landed without saying so, and turns every failure of its back end into a `ckpt.errors` class.
 """
 
 from __future__ import annotations
@@ -9,6 +9,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Literal, Protocol
+
+from ckpt.errors import InvalidInputError
 
 Durability = Literal["fsync", "acknowledged"]
 
@@ -20,6 +22,10 @@ class Entry:
     key: str
     nbytes: int
     modified_s: float  # seconds since the epoch by the store's clock; 0.0 where it has none
+
+
+Entries = list[Entry]
+Names = list[str]
 
 
 class Writer(Protocol):
@@ -38,7 +44,9 @@ class Writer(Protocol):
 class Store(Protocol):
     """Bytes by key under one root. All methods may be called from any thread.
 
-    Errors: `NotFoundError(kind="no-object")` for an absent key, `StoreError` for refusals, `InvalidInputError` for a bad key.
+    Errors: `NotFoundError(kind="no-object")` for an absent key, `InvalidInputError(kind="bad-key")` for a bad one,
+    `DamagedError` for what is shorter than asked (`truncated`) or no plain object (`not-a-file`), and `StoreError` with
+    kind `denied`, `full`, `unreachable` (the call may have landed), `io`, or `no-exclusive-create`.
     """
 
     @property
@@ -58,12 +66,13 @@ class Store(Protocol):
     def size(self, key: str) -> int:
         """Bytes of the object."""
 
-    def exists(self, key: str) -> bool: ...
+    def exists(self, key: str) -> bool:
+        """True when there is an object of this very key. A folder is none."""
 
-    def list(self, prefix: str) -> list[Entry]:
+    def list(self, prefix: str) -> Entries:
         """All objects below `prefix` ("" or "a/b/"), at any depth, sorted by key. An absent prefix is an empty list."""
 
-    def list_folders(self, prefix: str) -> list[str]:
+    def list_folders(self, prefix: str) -> Names:
         """Names (not keys) of the folders directly below `prefix`, sorted."""
 
     def open_writer(self, key: str, *, nbytes: int | None = None) -> Writer:
@@ -81,14 +90,21 @@ class Store(Protocol):
     def delete(self, keys: Sequence[str]) -> None:
         """Remove objects; absent ones are fine. Folders left empty disappear."""
 
-    def close(self) -> None: ...
+    def sweep(self, prefix: str, *, older_than_s: float) -> int:
+        """Remove what dead writers left below `prefix` that is no object: temporary files, open multipart uploads.
+
+        Only what nobody has touched for `older_than_s`, by the store's clock; 0.0 takes all, and empty folders too.
+        Returns how many were removed.
+        """
+
+    def close(self) -> None:
+        """Let go of connections. May be called twice."""
 
 
 def check_keys(keys: Iterable[str]) -> None:
     """Raise InvalidInputError for a key that could leave the root: empty, absolute, `..`, backslash, control characters."""
-    from ckpt.errors import InvalidInputError
-
     for key in keys:
         parts = key.split("/")
-        if not key or any(part in ("", ".", "..") for part in parts) or "\\" in key or any(ord(c) < 32 for c in key):
+        odd = "\\" in key or any(ord(character) < 32 for character in key)
+        if odd or any(part in ("", ".", "..") for part in parts):
             raise InvalidInputError(f"not a key inside the store: {key!r}", kind="bad-key")

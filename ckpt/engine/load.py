@@ -1,0 +1,250 @@
+"""Load a checkpoint into a rank's state, in place, on any layout.
+
+In: a stored checkpoint and the user's state. Out: the state filled, or an error on every rank that lists all differences, raised
+before a byte of the target changes. All ranks of the world call together; each reads what its boxes need.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from ckpt.engine.read import Progress
+from ckpt.engine.reader import StoredCheckpoint, ids_of
+from ckpt.engine.world import World
+from ckpt.errors import CheckpointError, MismatchError, RankFailedError
+from ckpt.format.spec import LocalState, PieceTable, TensorSpec
+from ckpt.layout.layout import Layout
+from ckpt.plan.read import subset_pieces
+from ckpt.state import LoadTarget, SavedWorld, StoredObjectRow, target
+
+Rename = Mapping[str, str] | Callable[[str], str] | None
+
+_LISTED_MAX = 40  # differences of one kind in a message
+
+
+@dataclass(frozen=True, kw_only=True)
+class Loaded:
+    """What one rank's load did."""
+
+    step: int
+    num_tensors: int  # filled on this rank
+    wanted_nbytes: int
+    read_nbytes: int  # from the images, checksum blocks and gaps included
+    index_nbytes: int
+    missing: tuple[str, ...]  # wanted, not in the checkpoint; only with strict=False
+    extra: tuple[str, ...]  # in the checkpoint, wanted by no rank; only with strict=False
+    seconds: dict[str, float]
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Match:
+    """Target tensors against stored tensors."""
+
+    ids: list[int]  # per target tensor the stored id, -1 where there is none
+    missing: list[str]
+    reshaped: list[str]
+    missing_objects: list[str]
+
+
+def load_state(
+    stored: StoredCheckpoint,
+    state: Mapping[str, Any],
+    world: World,
+    *,
+    layout: Layout | None = None,
+    strict: bool = True,
+    rename: Rename = None,
+    progress: Progress | None = None,
+) -> Loaded:
+    """Fill `state` from `stored`. All ranks of `world` call.
+
+    Args:
+        strict: refuse names that are missing or extra; shapes and dtypes must match in any case.
+        rename: stored name -> name in `state`; names that it does not give stay.
+
+    Raises:
+        MismatchError: with every difference, before anything changed.
+        DamagedError: a block read is not what was written; what was not yet copied is untouched.
+        RankFailedError: another rank failed; this rank's state must be loaded again.
+    """
+    start = time.perf_counter()
+    error: CheckpointError | None = None
+    prepared: tuple[LoadTarget, _Match, list[TensorSpec]] | None = None
+    try:
+        specs = _renamed(stored.specs, rename)
+        aim = target(state, specs, rank=world.rank, world=world.size, layout=layout)
+        prepared = (aim, _match(aim, specs, stored, strict=strict), specs)
+    except CheckpointError as problem:
+        error = problem
+    extra, missing = _agree(world, prepared, state, error, strict=strict)
+    assert prepared is not None
+    aim, match, specs = prepared
+    planned = time.perf_counter()
+    error = None
+    wanted = read = 0
+    try:
+        pieces = _wanted_pieces(aim.local, match.ids)
+        plan = stored.read_pieces(pieces, progress=progress)
+        wanted, read = plan.wanted_nbytes, plan.read_nbytes
+        objects = {name: _object_rows(stored, name, aim) for name in aim.wants_objects if name not in match.missing_objects}
+        aim.restore(objects, _saved_world(stored, aim.local, world))
+    except CheckpointError as problem:
+        error = problem
+    _raise_together(world, error)
+    done = time.perf_counter()
+    return Loaded(
+        step=stored.step,
+        num_tensors=sum(i >= 0 for i in match.ids),
+        wanted_nbytes=wanted,
+        read_nbytes=read,
+        index_nbytes=stored.index_nbytes,
+        missing=tuple(missing),
+        extra=tuple(extra),
+        seconds={"plan": planned - start, "read": done - planned, "total": done - start},
+    )
+
+
+def _renamed(specs: Sequence[TensorSpec], rename: Rename) -> list[TensorSpec]:
+    if rename is None:
+        return list(specs)
+    new = (lambda name: rename.get(name, name)) if isinstance(rename, Mapping) else rename
+    out = [dataclasses.replace(s, name=new(s.name), aliases=tuple(new(a) for a in s.aliases)) for s in specs]
+    seen: dict[str, str] = {}
+    for old, spec in zip(specs, out, strict=True):
+        if spec.name in seen:
+            raise MismatchError(f"rename gives `{seen[spec.name]}` and `{old.name}` the same name `{spec.name}`")
+        seen[spec.name] = old.name
+    return out
+
+
+def _match(aim: LoadTarget, specs: Sequence[TensorSpec], stored: StoredCheckpoint, *, strict: bool) -> _Match:
+    ids = ids_of(specs)
+    found: list[int] = []
+    missing, reshaped = [], []
+    for spec in aim.local.specs:
+        i = next((ids[name] for name in (spec.name, *spec.aliases) if name in ids), -1)
+        found.append(i)
+        if i < 0:
+            missing.append(spec.name)
+        elif (specs[i].shape, specs[i].dtype) != (spec.shape, spec.dtype):
+            reshaped.append(
+                f"`{spec.name}`: {specs[i].dtype} {list(specs[i].shape)} in the checkpoint, "
+                f"{spec.dtype} {list(spec.shape)} in the state"
+            )
+    names = {row.name for row in stored.objects}
+    missing_objects = [name for name in aim.wants_objects if name not in names]
+    return _Match(ids=found, missing=missing, reshaped=reshaped, missing_objects=missing_objects)
+
+
+def _agree(
+    world: World,
+    prepared: tuple[LoadTarget, _Match, list[TensorSpec]] | None,
+    state: Mapping[str, Any],
+    error: CheckpointError | None,
+    *,
+    strict: bool,
+) -> tuple[list[str], list[str]]:
+    """Exchange what each rank wants and lacks; the same verdict on every rank. Returns (extra, missing)."""
+    report: dict[str, Any] = {"error": error.message if error else "", "keys": sorted(state)}
+    wanted = np.empty(0, np.int32)
+    if prepared is not None:
+        match = prepared[1]
+        wanted = np.unique(np.array([i for i in match.ids if i >= 0], np.int32))
+        report |= {"missing": match.missing, "reshaped": match.reshaped, "objects": match.missing_objects}
+    text = json.dumps(report).encode()
+    head = np.array([len(text)], np.int64).view(np.uint8)
+    answers = world.all_gather(np.concatenate([head, np.frombuffer(text, np.uint8), wanted.view(np.uint8)]))
+    if error is not None:
+        raise error
+    reports, all_wanted = [], []
+    for answer in answers:
+        size = int(answer[:8].copy().view(np.int64)[0])
+        reports.append(json.loads(answer[8 : 8 + size].tobytes()))
+        all_wanted.append(np.frombuffer(answer[8 + size :].tobytes(), np.int32))
+    failed = [f"rank {rank}: {r['error']}" for rank, r in enumerate(reports) if r["error"]]
+    if failed:
+        raise RankFailedError("; ".join(failed))
+    assert prepared is not None
+    specs = prepared[2]
+    keys = {key for r in reports for key in r["keys"]}
+    unwanted = np.ones(len(specs), bool)
+    unwanted[np.concatenate(all_wanted)] = False
+    extra = [specs[i].name for i in np.flatnonzero(unwanted) if specs[i].name.split("/", 1)[0] in keys]
+    union = {k: sorted({x for r in reports for x in r[k]}) for k in ("missing", "reshaped", "objects")}
+    _raise_mismatch(union, extra, strict=strict)
+    return extra, union["missing"] + union["objects"]
+
+
+def _raise_mismatch(found: Mapping[str, Sequence[str]], extra: Sequence[str], *, strict: bool) -> None:
+    parts = []
+    if found["reshaped"]:
+        parts.append(f"{len(found['reshaped'])} of another shape or dtype: {_listed(found['reshaped'])}")
+    if strict:
+        for what, items in (
+            ("not in the checkpoint", found["missing"]),
+            ("not in the state of any rank", extra),
+            ("objects not in the checkpoint", found["objects"]),
+        ):
+            if items:
+                parts.append(f"{len(items)} {what}: {_listed([f'`{name}`' for name in items])}")
+    if parts:
+        hints = ["`ckpt tensors` lists what is stored; `rename=` maps stored names to the names in the state"]
+        if not found["reshaped"]:
+            hints.append("`strict=False` loads what matches and reports the rest")
+        raise MismatchError("checkpoint and state differ; " + "; ".join(parts), hints=tuple(hints))
+
+
+def _listed(items: Sequence[str]) -> str:
+    more = f" and {len(items) - _LISTED_MAX} more" if len(items) > _LISTED_MAX else ""
+    return ", ".join(items[:_LISTED_MAX]) + more
+
+
+def _wanted_pieces(local: LocalState, ids: Sequence[int]) -> PieceTable:
+    """The pieces that the checkpoint can fill, numbered by stored id."""
+    by_spec = np.array(ids, np.int32) if ids else np.empty(0, np.int32)
+    tensor = by_spec[local.pieces.boxes.tensor]
+    keep = (tensor >= 0) & (local.pieces.boxes.volumes() > 0)
+    return subset_pieces(local.pieces, keep, tensor[keep])
+
+
+def _object_rows(stored: StoredCheckpoint, name: str, aim: LoadTarget) -> list[StoredObjectRow]:
+    """All ranks' rows of one object; equal payloads are read once."""
+    payloads: dict[str, bytes] = {}
+    out = []
+    for row in stored.objects:
+        if row.name != name:
+            continue
+        if row.digest not in payloads:
+            payloads[row.digest] = stored.read_object(row)
+        out.append(
+            StoredObjectRow(
+                rank=row.rank,
+                dp_rank=row.dp_rank,
+                dp_size=row.dp_size,
+                kind=row.kind,  # type: ignore[arg-type]
+                payload=payloads[row.digest],
+            )
+        )
+    return out
+
+
+def _saved_world(stored: StoredCheckpoint, local: LocalState, world: World) -> SavedWorld:
+    return SavedWorld(world=stored.manifest.world, same_layout=stored.manifest.world == world.size)
+
+
+def _raise_together(world: World, error: CheckpointError | None) -> None:
+    """No rank goes on with a state that another could not load."""
+    text = error.message if error is not None else ""
+    answers = world.all_gather(np.frombuffer(text.encode(), np.uint8))
+    if error is not None:
+        raise error
+    failed = [f"rank {rank}: {a.tobytes().decode()}" for rank, a in enumerate(answers) if len(a)]
+    if failed:
+        raise RankFailedError("the load failed; " + "; ".join(failed), hints=("load again: the state is partly changed",))

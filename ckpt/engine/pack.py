@@ -1,0 +1,193 @@
+"""Turn a rank's pieces into the bytes of its image, chunk by chunk, with checksums on the way.
+
+In: an image layout and the pieces in memory. Out: filled chunks and block checksums. Chunk boundaries are multiples of
+`chunk_bytes`; a fragment or block may lie across one. One thread per `Packer` call; never writes to a store.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ckpt.format.checksum import block_ranges
+from ckpt.format.image import ImageLayout
+from ckpt.format.spec import PieceTable, TensorSpec
+from ckpt.kernels import copy_boxes, crc32c_combine, crc32c_ranges
+from ckpt.layout.box import BoxTable, Int64Array, boxes_of_flat_range
+from ckpt.plan.read import contiguous_strides
+
+
+@dataclass(frozen=True, kw_only=True)
+class PackProgram:
+    """What to copy into which chunk: depends on the structure only, so it is made once and used at every step."""
+
+    layout: ImageLayout
+    chunk_bytes: int
+    piece: Int64Array  # [K] row of the piece table
+    within: Int64Array  # [K, D] offset of the part in its piece, elements
+    lengths: Int64Array  # [K, D] elements
+    itemsize: Int64Array  # [K] bytes
+    position: Int64Array  # [K] bytes from the start of the image
+    part_starts: Int64Array  # [chunks + 1]
+    segment_start: Int64Array  # [S] bytes from the start of the image; a block, or its part in one chunk
+    segment_stop: Int64Array  # [S]
+    segment_block: Int64Array  # [S] number of the block
+    segment_starts: Int64Array  # [chunks + 1]
+    num_blocks: int
+
+    @property
+    def num_chunks(self) -> int:
+        return len(self.part_starts) - 1
+
+    def chunk_range(self, chunk: int) -> tuple[int, int]:
+        """First byte and end of a chunk in the image."""
+        start = chunk * self.chunk_bytes
+        return start, min(start + self.chunk_bytes, self.layout.total_bytes)
+
+
+def make_program(
+    layout: ImageLayout,
+    specs: Sequence[TensorSpec],
+    pieces: BoxTable,
+    piece_of_row: Int64Array,
+    *,
+    chunk_bytes: int,
+    block_bytes: int,
+) -> PackProgram:
+    """Cut an image layout at chunk boundaries.
+
+    Args:
+        pieces: the boxes of the rank's pieces.
+        piece_of_row: [N] for each row of `layout.rows` the piece that it is a part of.
+    """
+    itemsize = np.array([spec.itemsize for spec in specs], np.int64)[layout.rows.tensor]
+    within = layout.rows.offsets - pieces.offsets[piece_of_row]
+    table = [piece_of_row, within, layout.rows.lengths, itemsize, layout.offsets]
+    crossing = np.flatnonzero(layout.offsets // chunk_bytes != (layout.offsets + layout.nbytes - 1) // chunk_bytes)
+    if len(crossing):
+        keep = np.ones(len(layout.rows), bool)
+        keep[crossing] = False
+        cut = [_cut_at_chunks([column[row] for column in table], chunk_bytes) for row in crossing]
+        table = [
+            np.concatenate([column[keep], *(part[i] for part in cut)]) for i, column in enumerate(table)
+        ]
+        order = np.argsort(table[-1], kind="stable")
+        table = [column[order] for column in table]
+    num_chunks = max(1, -(-layout.total_bytes // chunk_bytes))
+    edges = np.arange(num_chunks + 1) * chunk_bytes
+    starts, stops = block_ranges(layout.offsets, layout.nbytes, block_bytes)
+    segments = _cut_segments(starts, stops, chunk_bytes)
+    return PackProgram(
+        layout=layout,
+        chunk_bytes=chunk_bytes,
+        piece=table[0],
+        within=table[1],
+        lengths=table[2],
+        itemsize=table[3],
+        position=table[4],
+        part_starts=np.searchsorted(table[4], edges),
+        segment_start=segments[0],
+        segment_stop=segments[1],
+        segment_block=segments[2],
+        segment_starts=np.searchsorted(segments[0], edges),
+        num_blocks=len(starts),
+    )
+
+
+def _cut_at_chunks(row: list[NDArray[np.int64]], chunk_bytes: int) -> list[NDArray[np.int64]]:
+    """One row that lies across chunk boundaries, as rows that do not."""
+    piece, within, lengths, itemsize, position = row
+    nbytes = int(np.prod(lengths)) * int(itemsize)
+    first = int(position)
+    edges = [first, *range((first // chunk_bytes + 1) * chunk_bytes, first + nbytes, chunk_bytes), first + nbytes]
+    offsets: list[tuple[int, ...]] = []
+    sizes: list[tuple[int, ...]] = []
+    positions: list[int] = []
+    for low, high in zip(edges, edges[1:], strict=False):
+        at = low
+        for box in boxes_of_flat_range(lengths.tolist(), (low - first) // int(itemsize), (high - first) // int(itemsize)):
+            offsets.append(box.offsets)
+            sizes.append(box.lengths)
+            positions.append(at)
+            at += box.volume * int(itemsize)
+    n = len(positions)
+    return [
+        np.full(n, piece, np.int64),
+        within[None, :] + np.array(offsets, np.int64),
+        np.array(sizes, np.int64),
+        np.full(n, itemsize, np.int64),
+        np.array(positions, np.int64),
+    ]
+
+
+def _cut_segments(starts: Int64Array, stops: Int64Array, chunk_bytes: int) -> tuple[Int64Array, Int64Array, Int64Array]:
+    """Blocks cut at chunk boundaries: starts, stops, block numbers. A block is shorter than a chunk: at most one cut."""
+    edge = (stops - 1) // chunk_bytes * chunk_bytes
+    crossing = edge > starts
+    block = np.arange(len(starts))
+    all_starts = np.concatenate([starts, edge[crossing]])
+    all_stops = np.concatenate([np.where(crossing, edge, stops), stops[crossing]])
+    blocks = np.concatenate([block, block[crossing]])
+    order = np.argsort(all_starts, kind="stable")
+    return all_starts[order], all_stops[order], blocks[order]
+
+
+class Packer:
+    """One step's image: the program, bound to this step's memory, objects and checksums."""
+
+    def __init__(self, program: PackProgram, pieces: PieceTable, objects: Sequence[bytes], *, threads: int) -> None:
+        self._program = program
+        self._threads = threads
+        strides = pieces.strides[program.piece]
+        self._source = pieces.address[program.piece] + (program.within * strides).sum(axis=1).astype(np.uint64)
+        self._limit = pieces.limit[program.piece]
+        self._strides = strides
+        self._target_strides = contiguous_strides(program.lengths, program.itemsize)
+        layout = program.layout
+        self._raw = [(0, layout.header), *zip(layout.object_offsets, objects, strict=True)]
+        self._crc = np.zeros(program.num_blocks, np.uint32)
+        self._done = np.zeros(program.num_blocks, np.int64)  # bytes of each block summed so far
+
+    def fill(self, chunk: int, buffer: NDArray[np.uint8]) -> None:
+        """Copy everything of `chunk` into the front of `buffer`."""
+        program = self._program
+        start, stop = program.chunk_range(chunk)
+        rows = slice(int(program.part_starts[chunk]), int(program.part_starts[chunk + 1]))
+        base = buffer.ctypes.data
+        count = rows.stop - rows.start
+        copy_boxes(
+            source=self._source[rows],
+            source_limit=self._limit[rows],
+            target=(program.position[rows] - start + base).astype(np.uint64),
+            target_limit=np.full(count, base + (stop - start), np.uint64),
+            lengths=program.lengths[rows],
+            source_strides=self._strides[rows],
+            target_strides=self._target_strides[rows],
+            itemsize=program.itemsize[rows],
+            threads=self._threads,
+        )
+        for offset, data in self._raw:
+            low, high = max(offset, start), min(offset + len(data), stop)
+            if low < high:
+                buffer[low - start : high - start] = np.frombuffer(data, np.uint8)[low - offset : high - offset]
+
+    def checksum(self, chunk: int, buffer: NDArray[np.uint8]) -> None:
+        """Add the blocks of `chunk`, whose bytes are in `buffer`. Chunks come in order."""
+        program = self._program
+        start, _ = program.chunk_range(chunk)
+        rows = slice(int(program.segment_starts[chunk]), int(program.segment_starts[chunk + 1]))
+        low, high = program.segment_start[rows] - start, program.segment_stop[rows] - start
+        found = crc32c_ranges(buffer, low, high, threads=self._threads)
+        blocks = program.segment_block[rows]
+        if len(blocks) and self._done[blocks[0]]:  # its first part was in the chunk before
+            found[0] = crc32c_combine(int(self._crc[blocks[0]]), int(found[0]), int(high[0] - low[0]))
+        self._crc[blocks] = found
+        self._done[blocks] += high - low
+
+    @property
+    def checksums(self) -> NDArray[np.uint32]:
+        """[B] of all blocks, in image order."""
+        return self._crc

@@ -1,0 +1,174 @@
+"""One stored checkpoint, opened for reading: its manifest, its tensors, and reads of any boxes of them.
+
+In: a store and a step. Out: `StoredCheckpoint`. Needs no process group and no model. Reads of the index are verified against
+the manifest, reads of data against the index. Any thread may read; nothing is written.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ckpt.commit import names
+from ckpt.commit.find import resolve
+from ckpt.config import Options
+from ckpt.engine.read import Progress, ReadJob, run_reads
+from ckpt.errors import DamagedError, NotFoundError
+from ckpt.format import index, manifest
+from ckpt.format.checksum import sha256
+from ckpt.format.manifest import FileRecord, Manifest
+from ckpt.format.receipt import ObjectRow
+from ckpt.format.spec import PieceTable, TensorSpec
+from ckpt.plan.read import ReadPlan, plan_read, uncovered
+from ckpt.store.base import Store
+
+
+class StoredCheckpoint:
+    """A complete checkpoint. `step` and `manifest` are known; the index is read when it is first needed."""
+
+    def __init__(self, store: Store, step: int | str, options: Options) -> None:
+        self.store, self.options = store, options
+        self.step: int = resolve(store, step)
+        key = names.manifest_key(self.step)
+        self.manifest: Manifest = manifest.unpack(store.read(key), name=key)
+        if self.manifest.step != self.step or not names.is_attempt(self.manifest.attempt):
+            raise DamagedError(f"`{key}` is the manifest of step {self.manifest.step}, expected {self.step}")
+        self._check_names()
+        self._specs: list[TensorSpec] | None = None
+        self._objects: list[ObjectRow] | None = None
+        self.index_nbytes = 0  # read so far
+
+    def _check_names(self) -> None:
+        found = self.manifest
+        records = (found.tensors, found.fragments, found.objects)
+        expected = [index.TENSORS_FILE, index.FRAGMENTS_FILE, index.OBJECTS_FILE]
+        images = [names.image_name(rank, found.world) for rank in range(found.world)]
+        if [record.file for record in records] != expected or [writer.file for writer in found.writers] != images:
+            raise DamagedError(f"the manifest of step {self.step} names files that are not its own", kind="bad-names")
+
+    @property
+    def folder(self) -> str:
+        """Key prefix of the attempt's files."""
+        return names.attempt_folder(self.step, self.manifest.attempt)
+
+    @property
+    def image_keys(self) -> list[str]:
+        """Key of each writer's image."""
+        return [f"{self.folder}/{writer.file}" for writer in self.manifest.writers]
+
+    @property
+    def specs(self) -> list[TensorSpec]:
+        """All tensors, by id; sorted by name."""
+        if self._specs is None:
+            self._specs, _ = index.unpack_tensors(self._file(self.manifest.tensors), name=self._key(self.manifest.tensors))
+        return self._specs
+
+    @property
+    def objects(self) -> list[ObjectRow]:
+        """All objects of all ranks."""
+        if self._objects is None:
+            self._objects = index.unpack_objects(self._file(self.manifest.objects), name=self._key(self.manifest.objects))
+        return self._objects
+
+    def fragments(self, tensors: NDArray[np.integer] | None = None) -> index.FragmentTable:
+        """Fragments of the tensors with these ids; of all when None."""
+        record = self.manifest.fragments
+        file = self._file(record, whole=tensors is None or len(tensors) * 2 > len(self.specs))
+        table = index.unpack_fragments(file, self.specs, tensors, self.manifest.block_bytes, name=self._key(record))
+        self._check_places(table)
+        return table
+
+    def _check_places(self, table: index.FragmentTable) -> None:
+        sizes = np.array([writer.nbytes for writer in self.manifest.writers], np.int64)
+        headers = np.array([writer.header_bytes for writer in self.manifest.writers], np.int64)
+        bad = (table.writer < 0) | (table.writer >= len(sizes))
+        if not bad.any():
+            bad = (table.offsets < headers[table.writer]) | (table.offsets + table.nbytes > sizes[table.writer])
+        if bad.any():
+            name = self.specs[int(table.boxes.tensor[np.argmax(bad)])].name
+            raise DamagedError(f"the index of step {self.step} is damaged: a fragment of `{name}` lies outside its image")
+
+    def plan(self, fragments: index.FragmentTable, pieces: PieceTable) -> ReadPlan:
+        """The reads that fill `pieces` (tensor numbers are ids). DamagedError when an element is stored nowhere."""
+        plan = plan_read(
+            fragments,
+            self.specs,
+            pieces,
+            block_bytes=self.manifest.block_bytes,
+            read_bytes_max=self.options.read_bytes_max,
+            gap_bytes_max=self.options.read_gap_bytes_max,
+        )
+        missing = uncovered(plan.copies, pieces)
+        if len(missing):
+            name = self.specs[int(pieces.boxes.tensor[missing[0]])].name
+            raise DamagedError(f"step {self.step} is damaged: elements of `{name}` are in no fragment")
+        return plan
+
+    def job(self, fragments: index.FragmentTable, pieces: PieceTable, plan: ReadPlan) -> ReadJob:
+        """The work of carrying out `plan`."""
+        return ReadJob(
+            store=self.store,
+            keys=self.image_keys,
+            plan=plan,
+            fragments=fragments,
+            specs=self.specs,
+            pieces=pieces,
+            options=self.options,
+        )
+
+    def read_pieces(self, pieces: PieceTable, *, progress: Progress | None = None) -> ReadPlan:
+        """Fill `pieces` and return the plan that did it."""
+        fragments = self.fragments(np.unique(pieces.boxes.tensor))
+        plan = self.plan(fragments, pieces)
+        run_reads(self.job(fragments, pieces, plan), progress=progress)
+        return plan
+
+    def read_object(self, row: ObjectRow) -> bytes:
+        """One object's bytes, verified."""
+        writer = self.manifest.writers[row.rank] if 0 <= row.rank < len(self.manifest.writers) else None
+        if writer is None or not writer.header_bytes <= row.byte_offset <= row.byte_offset + row.nbytes <= writer.nbytes:
+            raise DamagedError(f"object `{row.name}` of rank {row.rank} lies outside its image")
+        key = f"{self.folder}/{writer.file}"
+        data = self.store.read(key, row.byte_offset, row.byte_offset + row.nbytes)
+        if sha256(data) != row.digest:
+            raise DamagedError(
+                f"object `{row.name}` of rank {row.rank} is damaged: bytes [{row.byte_offset}, "
+                f"{row.byte_offset + row.nbytes}) of `{key}`: expected {row.digest}, found {sha256(data)}"
+            )
+        return data
+
+    def _key(self, record: FileRecord) -> str:
+        return f"{self.folder}/{record.file}"
+
+    def _file(self, record: FileRecord, *, whole: bool = True) -> index.VerifiedFile:
+        key = self._key(record)
+        name = key
+        try:
+            found = self.store.size(key)
+        except NotFoundError as error:
+            raise DamagedError(f"`{key}` is missing from a complete checkpoint", kind="missing-file") from error
+        if found != record.nbytes:
+            raise DamagedError(f"`{key}` is damaged: expected {record.nbytes} bytes, found {found}", kind="truncated")
+
+        def read(start: int, stop: int) -> bytes:
+            self.index_nbytes += stop - start
+            return self.store.read(key, start, stop)
+
+        if not whole and record.nbytes > index.PARTIAL_BYTES_MIN:
+            return index.VerifiedFile(record, read, name=name)
+        data = read(0, record.nbytes)
+        if sha256(data) != record.digest:
+            raise DamagedError(f"`{key}` is damaged: expected {record.digest}, found {sha256(data)}")
+        return index.VerifiedFile(record, lambda start, stop: data[start:stop], name=name)
+
+
+def ids_of(specs: Sequence[TensorSpec]) -> dict[str, int]:
+    """Tensor id by name and by alias; a name wins over an alias."""
+    out: dict[str, int] = {}
+    for i, spec in enumerate(specs):
+        for alias in spec.aliases:
+            out.setdefault(alias, i)
+    out.update({spec.name: i for i, spec in enumerate(specs)})
+    return out
