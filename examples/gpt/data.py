@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import sysconfig
 import zlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -87,7 +87,11 @@ class TextLoader:
         self.handed_out += share
         return [self._sequence_at(first + i) for i in range(share)]
 
-    def next_batch(self) -> tuple[Tensor, Tensor]:
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+        """Itself: the text begins anew when it ends."""
+        return self
+
+    def __next__(self) -> tuple[Tensor, Tensor]:
         """Inputs and targets of this rank's sequences of the next step."""
         starts = [index * self.context_tokens for index in self.next_indices()]
         rows = np.stack([self.corpus.tokens[start : start + self.context_tokens + 1] for start in starts])

@@ -91,7 +91,7 @@ def train(options: argparse.Namespace) -> None:
 
 def train_step(replica: Replica, optimizer: AdamW, scheduler: LambdaLR, loader: TextLoader) -> float:
     """One step over one global batch; returns the mean loss over all of its tokens, the same on every rank."""
-    inputs, targets = loader.next_batch()
+    inputs, targets = next(loader)
     optimizer.zero_grad()
     loss = replica.forward_backward(inputs, targets)
     replica.clip_gradients(GRADIENT_NORM_MAX)
