@@ -1,1 +1,62 @@
-"""ckpt: distributed checkpoints for torch.distributed training."""
+"""ckpt: distributed checkpoints for torch.distributed training. Saved as it lies on the ranks, loaded on any layout."""
+
+from ckpt.api import Checkpointer, async_save, load, open, save  # noqa: A004 - `ckpt.open` reads like what it does
+from ckpt.config import Options
+from ckpt.engine.load import Loaded
+from ckpt.engine.save import PendingSave, Saved
+from ckpt.engine.view import Checkpoint, TensorView
+from ckpt.errors import (
+    AlreadyExistsError,
+    CheckpointError,
+    DamagedError,
+    InvalidInputError,
+    MismatchError,
+    NotFoundError,
+    RankFailedError,
+    SaveFailedError,
+    StoreError,
+    VersionError,
+)
+from ckpt.format.objects import register_codec
+from ckpt.layout.box import Box
+from ckpt.layout.layout import Layout
+from ckpt.state import FlatOptimizerState, FlatShard, annotate
+from ckpt.state.elastic import ElasticLoader, ElasticSampler
+from ckpt.state.loader import Loader
+from ckpt.state.rng import RNG
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "RNG",
+    "AlreadyExistsError",
+    "Box",
+    "Checkpoint",
+    "CheckpointError",
+    "Checkpointer",
+    "DamagedError",
+    "ElasticLoader",
+    "ElasticSampler",
+    "FlatOptimizerState",
+    "FlatShard",
+    "InvalidInputError",
+    "Layout",
+    "Loaded",
+    "Loader",
+    "MismatchError",
+    "NotFoundError",
+    "Options",
+    "PendingSave",
+    "RankFailedError",
+    "SaveFailedError",
+    "Saved",
+    "StoreError",
+    "TensorView",
+    "VersionError",
+    "annotate",
+    "async_save",
+    "load",
+    "open",
+    "register_codec",
+    "save",
+]

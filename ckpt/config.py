@@ -74,3 +74,6 @@ HEADER_BYTES_MAX = 100_000_000  # of an image; safetensors' own limit
 MANIFEST_BYTES_MAX = 64 * MIB
 TENSOR_DIMS_MAX = 32
 OBJECT_BYTES_MAX = 256 * MIB
+OBJECT_DEPTH_MAX = 100  # containers within containers in one typed tree
+OBJECT_NODES_MAX = 16 * 1024 * 1024  # values in one typed tree
+LEFT_SAMPLES_MAX = 1 << 27  # samples by which the data-parallel ranks of an elastic sampler may be apart, all ranks together

@@ -151,6 +151,7 @@ def _writer_record(receipt: Receipt) -> manifest.WriterRecord:
         nbytes=receipt.file_bytes,
         header_bytes=receipt.image.header_bytes,
         header_crc32c=receipt.image.header_crc32c,
+        layout=str(receipt.extra.get("layout", "")),
     )
 
 

@@ -17,6 +17,7 @@ import numpy as np
 
 from ckpt.engine.read import Progress
 from ckpt.engine.reader import StoredCheckpoint, ids_of
+from ckpt.engine.structure import layout_digest
 from ckpt.engine.world import World
 from ckpt.errors import CheckpointError, MismatchError, RankFailedError
 from ckpt.format.spec import LocalState, PieceTable, TensorSpec
@@ -86,15 +87,17 @@ def load_state(
     extra, missing = _agree(world, prepared, state, error, strict=strict)
     assert prepared is not None
     aim, match, specs = prepared
+    saved = _saved_world(stored, aim.local, world)
     planned = time.perf_counter()
     error = None
     wanted = read = 0
     try:
         pieces = _wanted_pieces(aim.local, match.ids)
+        objects = {name: _object_rows(stored, name) for name in aim.wants_objects if name not in match.missing_objects}
+        aim.check(objects, saved)
         plan = stored.read_pieces(pieces, progress=progress)
         wanted, read = plan.wanted_nbytes, plan.read_nbytes
-        objects = {name: _object_rows(stored, name, aim) for name in aim.wants_objects if name not in match.missing_objects}
-        aim.restore(objects, _saved_world(stored, aim.local, world))
+        aim.restore(objects, saved)
     except CheckpointError as problem:
         error = problem
     _raise_together(world, error)
@@ -214,7 +217,7 @@ def _wanted_pieces(local: LocalState, ids: Sequence[int]) -> PieceTable:
     return subset_pieces(local.pieces, keep, tensor[keep])
 
 
-def _object_rows(stored: StoredCheckpoint, name: str, aim: LoadTarget) -> list[StoredObjectRow]:
+def _object_rows(stored: StoredCheckpoint, name: str) -> list[StoredObjectRow]:
     """All ranks' rows of one object; equal payloads are read once."""
     payloads: dict[str, bytes] = {}
     out = []
@@ -236,7 +239,11 @@ def _object_rows(stored: StoredCheckpoint, name: str, aim: LoadTarget) -> list[S
 
 
 def _saved_world(stored: StoredCheckpoint, local: LocalState, world: World) -> SavedWorld:
-    return SavedWorld(world=stored.manifest.world, same_layout=stored.manifest.world == world.size)
+    """Whether every rank holds the parameters that the rank of its number held: all ranks are asked."""
+    writers = stored.manifest.writers
+    same = len(writers) == world.size and writers[world.rank].layout == layout_digest(local)
+    answers = world.all_gather(np.array([same], np.uint8))
+    return SavedWorld(world=stored.manifest.world, same_layout=all(bool(answer[0]) for answer in answers))
 
 
 def _raise_together(world: World, error: CheckpointError | None) -> None:

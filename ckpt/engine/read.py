@@ -56,8 +56,9 @@ def run_reads(job: ReadJob, *, progress: Progress | None = None) -> None:
 
 
 def find_damage(job: ReadJob, *, progress: Progress | None = None) -> list[Damage]:
-    """Read and verify everything; all damage found, sorted by place."""
-    return sorted(_run(job, progress, stop_at_first=False), key=lambda d: (d.key, d.start))
+    """Read and verify everything; all damage found, sorted by place. A block that two chunks share counts once."""
+    found = {(damage.key, damage.start): damage for damage in _run(job, progress, stop_at_first=False)}
+    return [found[place] for place in sorted(found)]
 
 
 def _run(job: ReadJob, progress: Progress | None, *, stop_at_first: bool) -> list[Damage]:

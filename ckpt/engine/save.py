@@ -8,7 +8,6 @@ training thread; `finish` may run on another one and never calls a collective.
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import logging
 import mmap
 import queue
@@ -30,6 +29,7 @@ from ckpt.commit.assemble import Assembler
 from ckpt.config import Options
 from ckpt.engine.agree import agree, find_disagreements, names_by_hash
 from ckpt.engine.pack import Packer, PackProgram, make_program
+from ckpt.engine.structure import layout_digest, structure_digest
 from ckpt.engine.world import World
 from ckpt.errors import CheckpointError, RankFailedError
 from ckpt.format import manifest, receipt
@@ -38,8 +38,8 @@ from ckpt.format.image import lay_out, padded_object
 from ckpt.format.spec import LocalState, TensorSpec
 from ckpt.kernels import crc32c
 from ckpt.layout.box import BoxTable, Int64Array
-from ckpt.plan.records import box_keys, make_records, record_nbytes
-from ckpt.plan.save import SavePlan, plan_save, rows_of_rank
+from ckpt.plan.records import box_keys, make_records
+from ckpt.plan.save import plan_save, rows_of_rank
 from ckpt.store.base import Store
 
 PROGRAM = "ckpt 0.1.0"
@@ -75,6 +75,7 @@ class _Planned:
     rows: BoxTable
     piece_of_row: Int64Array
     block_bytes: int
+    layout_digest: str
 
 
 @dataclass(kw_only=True)
@@ -89,6 +90,7 @@ class _Attempt:
     image: receipt.ImageTable
     objects: list[receipt.ObjectRow]
     block_bytes: int
+    layout_digest: str
     changed: bool
     staged: NDArray[np.uint8] | None
     seconds: dict[str, float]
@@ -188,6 +190,7 @@ class SaveSession:
             image=image,
             objects=self._object_rows(local, payloads, program),
             block_bytes=planned.block_bytes,
+            layout_digest=planned.layout_digest,
             changed=changed,
             staged=None,
             seconds={"plan": time.perf_counter() - start},
@@ -220,7 +223,8 @@ class SaveSession:
             keys=box_keys(records),
             rows=rows,
             piece_of_row=piece_of_row,
-            block_bytes=choose_block_bytes(_total_bytes(plan, agreement.records)),
+            block_bytes=choose_block_bytes(int(plan.load.sum())),
+            layout_digest=layout_digest(local),
         )
 
     def _plan_alone(self, local: LocalState, old: _Planned) -> _Planned:
@@ -242,7 +246,7 @@ class SaveSession:
         offsets[: len(kept), :width] = old.rows.offsets[kept, :width]
         lengths[: len(kept), :width] = old.rows.lengths[kept, :width]
         rows = BoxTable(tensor=local.pieces.boxes.tensor[pieces], offsets=offsets, lengths=lengths)
-        return dataclasses.replace(old, structure=structure_digest(local), keys=keys, rows=rows, piece_of_row=pieces)
+        return dataclasses.replace(old, structure=structure_digest(local), layout_digest=layout_digest(local), keys=keys, rows=rows, piece_of_row=pieces)
 
     def _program_for(self, local: LocalState, planned: _Planned, payloads: list[bytes]) -> PackProgram:
         objects = [(obj.name, len(data)) for obj, data in zip(local.objects, payloads, strict=True)]
@@ -341,7 +345,7 @@ class SaveSession:
             checksums=attempt.packer.checksums,
             objects=attempt.objects,
             image=attempt.image if self._sent != attempt.image_digest else None,
-            extra={"structure_changed": attempt.changed},
+            extra={"structure_changed": attempt.changed, "layout": attempt.layout_digest},
         )
 
     # the outcome
@@ -421,24 +425,6 @@ def allocate(nbytes: int) -> NDArray[np.uint8]:
     buffer = np.frombuffer(mmap.mmap(-1, max(nbytes, mmap.PAGESIZE)), np.uint8)
     buffer[:: mmap.PAGESIZE] = 0
     return buffer
-
-
-def structure_digest(local: LocalState) -> str:
-    """Equal for states that need the same plan: same tensors, same boxes."""
-    digest = hashlib.blake2b(digest_size=16)
-    boxes = local.pieces.boxes
-    digest.update("\n".join([f"{s.name}|{s.role}|{s.dtype}|{s.shape}|{s.aliases}" for s in local.specs]).encode())
-    for column in (boxes.tensor, boxes.offsets, boxes.lengths):
-        digest.update(str(column.shape).encode())
-        digest.update(np.ascontiguousarray(column).tobytes())
-    return digest.hexdigest()
-
-
-def _total_bytes(plan: SavePlan, records: list[NDArray[np.void]]) -> int:
-    del plan
-    table = np.concatenate(records)
-    _, first = np.unique(box_keys(table), return_index=True)
-    return int(record_nbytes(table[first]).sum())
 
 
 def _described(specs: list[TensorSpec], differing: list[str]) -> str:

@@ -37,6 +37,7 @@ class WriterRecord:
     nbytes: int
     header_bytes: int
     header_crc32c: int
+    layout: str = ""  # digest of which parts of which parameters the rank held; "" when it held none
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,10 +1,10 @@
 """Layouts: a mesh and placement rules by name pattern, giving every rank the boxes of every tensor.
 
-In: `Mesh`, `Rule`s, tensor names and shapes. Out: `Placement`s. Pure. Never reads a file (files.py parses text) and never knows
-how a process got its rank.
+In: `Mesh`, `Rule`s, tensor names and shapes. Out: `Placement`s. Pure. Never reads a file (files.py parses text) and
+never knows how a process got its rank.
 
-`Layout` answers for one tensor at a time. What depends on the other tensors (a flat buffer; names that no rule matches) needs
-`Layout.bind`, which checks all names at once.
+`Layout` answers for one tensor at a time. What depends on the other tensors (a flat buffer, or names that no rule
+matches) needs `Layout.bind`, which checks all names at once.
 """
 
 from __future__ import annotations
@@ -15,26 +15,11 @@ from dataclasses import dataclass
 from functools import cached_property
 
 from ckpt.errors import InvalidInputError
+from ckpt.layout.assign import Assignment, Faults, RuleIndex
+from ckpt.layout.bound import BoundLayout
 from ckpt.layout.mesh import Mesh
-from ckpt.layout.pattern import NamePattern, TensorName
 from ckpt.layout.placement import Placement
-from ckpt.layout.rules import Pipeline, Rule, Where, owner_of_expert
-
-NAMES_SHOWN_MAX = 20  # of a kind, in one error message
-
-
-@dataclass(frozen=True, kw_only=True)
-class Assignment:
-    """The rule that decides for one tensor, and which ranks have the tensor at all."""
-
-    name: str
-    rule: int  # index into Layout.rules
-    where: Where
-    on: tuple[tuple[str, tuple[int, ...]], ...]  # (axis, indices along it that have it); empty: all ranks
-
-    def has(self, index_of: Mapping[str, int]) -> bool:
-        """True when the rank with these axis indices has the tensor."""
-        return all(index_of[axis] in indices for axis, indices in self.on)
+from ckpt.layout.rules import Pipeline, Rule, Where
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,26 +32,29 @@ class Layout:
 
     def __post_init__(self) -> None:
         for rule in self.rules:
-            wheres = [rule.where] if isinstance(rule.optimizer, str) else [rule.where, rule.optimizer]
-            for axis in sorted(frozenset[str]().union(*(where.axes for where in wheres))):
-                self._check_axis(axis, f"rule `{rule.match[0].text}`")
-            for where in wheres:
-                for axis, indices in where.on:
-                    if not indices or not all(0 <= index < self.mesh.size(axis) for index in indices):
-                        raise InvalidInputError(
-                            f"rule `{rule.match[0].text}` is on {axis} {list(indices)}, but the axis has {self.mesh.size(axis)} ranks"
-                        )
-                if where.stage not in (None, "all") and self.pipeline is None:
-                    raise InvalidInputError(
-                        f"rule `{rule.match[0].text}` has a `stage`, but the layout has no pipeline"
-                    )
+            for where in [rule.where] if isinstance(rule.optimizer, str) else [rule.where, rule.optimizer]:
+                self._check_where(where, f"rule `{rule.match[0].text}`")
         if self.pipeline is not None:
-            self._check_axis(self.pipeline.axis, "the pipeline")
-            stages = self.mesh.size(self.pipeline.axis)
-            if self.pipeline.split and len(self.pipeline.split) != stages:
+            axis, split = self.pipeline.axis, self.pipeline.split
+            self._check_axis(axis, "the pipeline")
+            if split and len(split) != self.mesh.size(axis):
                 raise InvalidInputError(
-                    f"the pipeline is split into {len(self.pipeline.split)} stages, but axis `{self.pipeline.axis}` has {stages}"
+                    f"the pipeline is split into {len(split)} stages, but axis `{axis}` has {self.mesh.size(axis)}"
                 )
+
+    def _check_where(self, where: Where, subject: str) -> None:
+        for axis in sorted(where.axes):
+            self._check_axis(axis, subject)
+        for axis, indices in where.on:
+            num = self.mesh.size(axis)
+            if not indices or not all(0 <= index < num for index in indices):
+                raise InvalidInputError(f"{subject} is on {axis} {list(indices)}, but the axis has 0 to {num - 1}")
+        if where.stage not in (None, "all") and self.pipeline is None:
+            raise InvalidInputError(f"{subject} has a `stage`, but the layout has no pipeline")
+        if isinstance(where.stage, int) and self.pipeline is not None:
+            num = self.mesh.size(self.pipeline.axis)
+            if not 0 <= where.stage < num:
+                raise InvalidInputError(f"{subject} is on stage {where.stage}, but the pipeline has 0 to {num - 1}")
 
     def _check_axis(self, axis: str, subject: str) -> None:
         if axis not in self.mesh.names:
@@ -78,13 +66,14 @@ class Layout:
 
     def assign(self, name: str) -> Assignment:
         """The rule for a tensor; InvalidInputError when no rule or more than one is for it."""
-        found = self.candidates(name)
-        if len(found) != 1:
-            raise unassigned_error([name] if not found else [], {name: found} if found else {}, (), self.rules)
-        return found[0]
+        return self.index.assign(name)
+
+    def candidates(self, name: str) -> tuple[str, ...]:
+        """The patterns with a claim on the tensor: none where no rule matches it, one where all is well."""
+        return self.index.matches(name)
 
     def place(self, name: str, shape: Sequence[int], rank: int) -> Placement | None:
-        """What a rank holds of a tensor of this global shape; None when it has nothing of it, not even an empty piece."""
+        """What a rank holds of a tensor of this global shape; None when it has not even an empty piece of it."""
         assignment = self.assign(name)
         if assignment.where.flat is not None and len(shape):
             raise InvalidInputError(
@@ -107,8 +96,8 @@ class Layout:
     def infer_global_shape(self, name: str, local_shape: Sequence[int]) -> tuple[int, ...]:
         """The global shape of a tensor of which a rank holds `local_shape`.
 
-        Right when all pieces are equal, or the rule says the sizes. Uneven pieces cannot be told from one rank's shape: the
-        caller compares the answer over the ranks, or the rule says `shape`.
+        Right when all pieces are equal, or the rule says the sizes. Uneven pieces cannot be told from one rank's shape:
+        the caller compares the answer over the ranks, or the rule says `shape`.
         """
         where = self.assign(name).where
         local = tuple(local_shape)
@@ -136,76 +125,22 @@ class Layout:
 
     # All tensors at once
 
-    def candidates(self, name: str) -> list[Assignment]:
-        """The rules of the highest precedence that match a tensor: one where all is well."""
-        parsed = TensorName.parse(name)
-        best: tuple[int, int] | None = None
-        found: list[Assignment] = []
-        for number, rule in enumerate(self.rules):
-            hit = self._hit(rule, name, parsed)
-            if hit is None:
-                continue
-            pattern, captures, where = hit
-            precedence = (rule.priority, pattern.level)
-            if best is None or precedence > best:
-                best, found = precedence, []
-            if precedence == best:
-                found.append(Assignment(name=name, rule=number, where=where, on=self._on(name, where, captures)))
-        return found
-
-    def _hit(self, rule: Rule, name: str, parsed: TensorName) -> tuple[NamePattern, dict[str, int], Where] | None:
-        hits = []
-        for pattern in rule.match:
-            where = rule.where_of(parsed.slot, pattern)
-            captures = None if where is None else pattern.match(name, parsed)
-            if where is not None and captures is not None:
-                hits.append((pattern, captures, where))
-        return max(hits, key=lambda hit: hit[0].level, default=None)
-
-    def _on(self, name: str, where: Where, captures: Mapping[str, int]) -> tuple[tuple[str, tuple[int, ...]], ...]:
-        on = list(where.on)
-        if self.pipeline is not None:
-            axis, stages = self.pipeline.axis, self.mesh.size(self.pipeline.axis)
-            stage = where.stage
-            if isinstance(stage, str):
-                stage = {"first": 0, "last": stages - 1, "all": None}[stage]
-            elif stage is None and "layer" in captures and axis not in dict(on):
-                stage = self.pipeline.stage_of(captures["layer"], stages)
-            if stage is not None:
-                if not 0 <= stage < stages:
-                    raise InvalidInputError(f"`{name}` is on stage {stage}, but axis `{axis}` has {stages}")
-                on.append((axis, (stage,)))
-        if where.experts is not None:
-            expert, num = captures["expert"], where.experts.num
-            if expert >= num:
-                raise InvalidInputError(f"`{name}` is expert {expert}, but the rule has {num} experts (0 to {num - 1})")
-            on.append((where.experts.axis, (owner_of_expert(expert, num, self.mesh.size(where.experts.axis)),)))
-        return tuple(on)
-
     def check(self, names: Iterable[str]) -> None:
-        """Raise one InvalidInputError that lists every fault: tensors of no rule, of two, and patterns of no tensor."""
-        self.assign_all(names)
+        """Raise one InvalidInputError that lists every fault: tensors of no rule, of several, patterns of no tensor."""
+        faults = Faults()
+        self.index.assign_all(names, faults)
+        faults.raise_any()
 
-    def assign_all(self, names: Iterable[str]) -> list[Assignment]:
-        """The rule for each tensor, in the given order; the errors of `check`."""
-        names = list(names)
-        found = {name: self.candidates(name) for name in names}
-        none = [name for name, hits in found.items() if not hits]
-        many = {name: hits for name, hits in found.items() if len(hits) > 1}
-        idle = self.idle_patterns(names)
-        if none or many or idle:
-            raise unassigned_error(none, many, idle, self.rules)
-        return [found[name][0] for name in names]
+    def bind(self, tensors: Iterable[tuple[str, Sequence[int]]]) -> BoundLayout:
+        """The layout for exactly these (name, global shape); one InvalidInputError for all that does not fit."""
+        fixed = [(name, tuple(shape)) for name, shape in tensors]
+        faults = Faults()
+        assignments = self.index.assign_all((name for name, _ in fixed), faults)
+        return BoundLayout.build(self.mesh, fixed, assignments, faults)
 
-    def idle_patterns(self, names: Iterable[str]) -> list[str]:
-        """Patterns that match none of the tensors."""
-        parsed = [(name, TensorName.parse(name)) for name in names]
-        return [
-            pattern.text
-            for rule in self.rules
-            for pattern in rule.match
-            if not any(pattern.match(name, parts) is not None for name, parts in parsed)
-        ]
+    @cached_property
+    def index(self) -> RuleIndex:
+        return RuleIndex(self.mesh, self.rules, self.pipeline)
 
     @cached_property
     def is_flat(self) -> bool:
@@ -218,7 +153,7 @@ class Layout:
         )
 
     def resized(self, sizes: Mapping[str, int]) -> Layout:
-        """The same rules on a mesh with other sizes. An explicit split of layers is dealt out anew when it no longer fits."""
+        """The same rules on a mesh with other sizes. A split of layers that no longer fits is dealt out evenly."""
         mesh = self.mesh.resized(sizes)
         pipeline = self.pipeline
         if pipeline is not None and pipeline.split and len(pipeline.split) != mesh.size(pipeline.axis):
@@ -232,42 +167,3 @@ def _ambiguous(name: str, local: tuple[int, ...], why: str) -> InvalidInputError
         kind="ambiguous-shape",
         hints=("give `shape: [...]` (the global shape) in the rule for it",),
     )
-
-
-def unassigned_error(
-    none: Sequence[str],
-    many: Mapping[str, Sequence[Assignment]],
-    idle: Sequence[str],
-    rules: Sequence[Rule],
-) -> InvalidInputError:
-    """One error for everything that keeps rules and names from fitting together."""
-    lines = [f"{count} in the layout" for count in _counts(none, many, idle)]
-    message = "layout and tensors do not fit: " + ", ".join(lines).replace(" in the layout", "")
-    details = [f"no rule matches `{name}`" for name in none[:NAMES_SHOWN_MAX]]
-    for name in list(many)[:NAMES_SHOWN_MAX]:
-        texts = ", ".join(f"`{rules[hit.rule].match[0].text}`" for hit in many[name])
-        details.append(f"`{name}` is matched by {len(many[name])} rules of equal precedence: {texts}")
-    details += [f"pattern `{text}` matches no tensor" for text in idle[:NAMES_SHOWN_MAX]]
-    shown = sum(min(len(group), NAMES_SHOWN_MAX) for group in (none, many, idle))
-    more = len(none) + len(many) + len(idle) - shown
-    if more:
-        details.append(f"and {more} more")
-    hints = []
-    if none:
-        hints.append('add a rule for them, or a last resort: `match: "**"`')
-    if many:
-        hints.append("make one pattern more specific, or give one rule a higher `priority`")
-    if idle:
-        hints.append("remove the pattern, or correct it; `*` stays within one component, `**` does not")
-    return InvalidInputError("\n  ".join([message, *details]), kind="layout-mismatch", hints=tuple(hints))
-
-
-def _counts(none: Sequence[str], many: Mapping[str, object], idle: Sequence[str]) -> list[str]:
-    out = []
-    if none:
-        out.append(f"{len(none)} tensors without a rule")
-    if many:
-        out.append(f"{len(many)} tensors with several rules")
-    if idle:
-        out.append(f"{len(idle)} patterns without a tensor")
-    return out

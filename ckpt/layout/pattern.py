@@ -1,9 +1,9 @@
 """Name patterns: which tensors a rule is about, and which layer or expert each of them belongs to.
 
-In: pattern text and tensor names. Out: `NameMatch` or None. Pure. Never knows shapes or meshes.
+In: pattern text and tensor names. Out: the captured numbers, or None. Pure. Never knows shapes or meshes.
 
-A tensor name is `<state key>/<path>`, for optimizer state `<state key>/<path>/<slot>`. A pattern with a `/` is compared with
-the whole name, one without with the path alone, so that it covers a parameter and its optimizer state.
+A tensor name is `<state key>/<path>`, for optimizer state `<state key>/<path>/<slot>`. A pattern with a `/` is compared
+with the whole name, one without with the path alone, so that it covers a parameter and its optimizer state.
 
     *        any characters of one component, none or more (never `.` or `/`)
     **       any characters at all

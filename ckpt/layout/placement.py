@@ -1,7 +1,7 @@
 """Exact index arithmetic: which boxes of a global tensor a rank holds, and where they lie in its local tensor.
 
-In: shapes, sizes, coordinates. Out: `Placed` boxes. Pure. Works on index ranges per dim, never on single elements; never
-knows names, ranks or meshes with names (those are in rules.py and layout.py).
+In: shapes, sizes, coordinates. Out: `Placed` boxes. Pure. Works on index ranges per dim, never on single elements, and
+never knows names, ranks or meshes with names (those are in rules.py and layout.py).
 
 The local content of one dim is a list of `(start, stop)` ranges of the global dim, in local order. Sharding cuts that
 list; the boxes are the product of the lists of all dims.
@@ -67,7 +67,7 @@ class Placement:
 
 
 def chunk_range(size: int, num_chunks: int, index: int) -> tuple[int, int]:
-    """Start and stop of piece `index` as torch.chunk cuts: ceil(size / num_chunks) each, trailing ones short or empty."""
+    """Start and stop of piece `index` as torch.chunk cuts: ceil(size / num_chunks) each, the last short or empty."""
     piece = -(-size // num_chunks)
     start = min(size, piece * index)
     return start, min(size, start + piece)

@@ -1,7 +1,7 @@
 """Placement rules: what a user says of the tensors that a pattern matches.
 
-In: the fields of a rule. Out: checked `Rule` records, and the placement of one tensor at one coordinate. Pure. Never decides
-which rule is for which tensor (that is layout.py).
+In: the fields of a rule. Out: checked `Rule` records, and the placement of one tensor at one coordinate. Pure. Never
+decides which rule is for which tensor (that is assign.py).
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ class ShardStep:
 
 @dataclass(frozen=True, kw_only=True)
 class Parts:
-    """The dim that `axis` cuts is several tensors fused; each is cut on its own, the pieces follow each other locally."""
+    """The dim that `axis` cuts is several tensors fused; each is cut on its own, its pieces lie one after the other."""
 
     axis: str
     sizes: tuple[int, ...] = ()  # elements of each part along the dim; or
@@ -39,7 +39,7 @@ class Parts:
     def __post_init__(self) -> None:
         if (not self.sizes) == (not self.num) or self.num < 0 or any(size < 1 for size in self.sizes):
             raise InvalidInputError(
-                f"parts are given as `sizes` (each at least 1) or as `num` (at least 1), found sizes {self.sizes}, num {self.num}"
+                f"parts are given as `sizes` or as `num`, each at least 1; found sizes {self.sizes}, num {self.num}"
             )
 
     def of(self, size: int, subject: str) -> tuple[int, ...]:
@@ -117,16 +117,12 @@ class Pipeline:
         return self.layers or sum(self.split)
 
     def stage_of(self, layer: int, num_stages: int) -> int:
-        """The stage that has this layer; InvalidInputError for a layer beyond the last."""
-        if not 0 <= layer < self.num_layers:
-            raise InvalidInputError(
-                f"layer {layer} is outside the pipeline, which has layers 0 to {self.num_layers - 1}"
-            )
+        """The stage that has this layer, of `num_layers`."""
         for stage, num in enumerate(self.sizes(num_stages)):
             layer -= num
             if layer < 0:
                 return stage
-        raise AssertionError("stage sizes make up all layers")
+        raise AssertionError(f"layer beyond the last of {self.num_layers}")
 
     def sizes(self, num_stages: int) -> tuple[int, ...]:
         """Layers of each stage. Dealt out evenly, they differ by at most one, the larger ones first."""
@@ -162,8 +158,8 @@ class Where:
                 self._check_first(label, special.axis)
         if self.parts and self.pad and self._dim_of(self.parts.axis) == self._dim_of(self.pad.axis):
             raise InvalidInputError("one dim cannot have both `parts` and `pad`")
-        if self.flat and self.flat.axis in axes:
-            raise InvalidInputError(f"axis `{self.flat.axis}` both cuts the tensor and its flat buffer")
+        if self.flat and self.flat.axis in [*axes, *dict(self.on)]:
+            raise InvalidInputError(f"axis `{self.flat.axis}` both places the tensor and cuts its flat buffer")
 
     def _dim_of(self, axis: str) -> int | None:
         return next((step.dim for step in self.shard if step.axis == axis), None)
@@ -228,9 +224,11 @@ class Rule:
     def __post_init__(self) -> None:
         if not self.match:
             raise InvalidInputError("a rule needs at least one name pattern")
-        for pattern in self.match:
-            if self.where.experts and "expert" not in pattern.captures:
-                raise InvalidInputError(f"pattern `{pattern.text}` has `experts`, but no `{{expert}}`")
+        wheres = [self.where] if isinstance(self.optimizer, str) else [self.where, self.optimizer]
+        if any(where.experts for where in wheres):
+            for pattern in self.match:
+                if "expert" not in pattern.captures:
+                    raise InvalidInputError(f"pattern `{pattern.text}` has no `{{expert}}`, but its rule has `experts`")
 
     def where_of(self, slot: str | None, pattern: NamePattern) -> Where | None:
         """How the tensor itself (slot None) or its optimizer state lies; None when the rule is not for it."""

@@ -7,6 +7,7 @@ wanted one, except gaps shorter than `gap_bytes_max`.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -16,6 +17,7 @@ from numpy.typing import NDArray
 from ckpt.format.index import FragmentTable
 from ckpt.format.spec import PieceTable, TensorSpec
 from ckpt.layout.box import BoxTable, Int64Array, pad_dims
+from ckpt.plan.records import corners
 from ckpt.plan.save import arange_per
 
 PAIRS_MAX = 1 << 22  # wanted x fragment pairs looked at in one go, to bound memory
@@ -83,9 +85,8 @@ def plan_read(
         specs: the checkpoint's tensors by id; `pieces.boxes.tensor` and `fragments.boxes.tensor` are ids.
         read_bytes_max: soft bound of one chunk; a chunk is at most twice as long.
     """
-    itemsizes = np.array([spec.itemsize for spec in specs], np.int64)
     num_dims = max(fragments.boxes.num_dims, pieces.boxes.num_dims)
-    copies = _join(fragments, pieces, itemsizes, num_dims)
+    copies = _join(fragments, pieces, specs, num_dims)
     wanted = int((np.prod(copies.lengths, axis=1) * copies.itemsize).sum()) if len(copies) else 0
     copies = _split(copies, max(read_bytes_max // 2, block_bytes), 2 * block_bytes)
     return _chunks(copies, fragments, block_bytes, read_bytes_max, gap_bytes_max, wanted)
@@ -97,16 +98,33 @@ def uncovered(copies: CopyTable, pieces: PieceTable) -> Int64Array:
     return np.flatnonzero(found != pieces.boxes.volumes())
 
 
-def _join(fragments: FragmentTable, pieces: PieceTable, itemsizes: Int64Array, num_dims: int) -> CopyTable:
+def _join(fragments: FragmentTable, pieces: PieceTable, specs: Sequence[TensorSpec], num_dims: int) -> CopyTable:
     """All non-empty intersections of a piece with a fragment of its tensor."""
-    low = np.searchsorted(fragments.boxes.tensor, pieces.boxes.tensor, "left")
-    counts = np.searchsorted(fragments.boxes.tensor, pieces.boxes.tensor, "right") - low
+    itemsizes = np.array([spec.itemsize for spec in specs], np.int64)
+    low, counts = _candidates(fragments, pieces, specs)
     tables = [
         _join_rows(fragments, pieces, itemsizes, num_dims, rows, low, counts) for rows in _batches(counts, PAIRS_MAX)
     ]
     if len(tables) == 1:
         return tables[0]
     return CopyTable(**{key: np.concatenate([vars(t)[key] for t in tables]) for key in vars(tables[0])})
+
+
+def _candidates(
+    fragments: FragmentTable, pieces: PieceTable, specs: Sequence[TensorSpec]
+) -> tuple[Int64Array, Int64Array]:
+    """For each piece the first row and the number of rows of the fragments that can meet it.
+
+    Fragments are sorted by their first element. `reach` is the farthest last element so far: both only grow, so that the
+    fragments between the piece's first and last element are found by bisection, without looking at all of a tensor's.
+    """
+    sizes = np.array([math.prod(spec.shape) for spec in specs], np.int64)
+    base = np.cumsum(sizes) - sizes
+    first, last = (x + base[fragments.boxes.tensor] for x in corners(specs, fragments.boxes))
+    reach = np.maximum.accumulate(last)
+    piece_first, piece_last = (x + base[pieces.boxes.tensor] for x in corners(specs, pieces.boxes))
+    low = np.searchsorted(reach, piece_first, "left")
+    return low, np.maximum(np.searchsorted(first, piece_last, "right") - low, 0)
 
 
 def _batches(counts: Int64Array, limit: int) -> list[Int64Array]:

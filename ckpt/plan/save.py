@@ -51,10 +51,14 @@ def plan_save(records: Sequence[NDArray[np.void]]) -> SavePlan:
     np.cumsum([len(r) for r in records], out=offsets[1:])
     table = np.concatenate(records) if records else np.empty(0, RECORD)
     nbytes = record_nbytes(table)
-    ranks = np.repeat(np.arange(len(records)), np.diff(offsets))
-    order, group_start = _group(table)
-    counts = np.diff(np.append(group_start, len(table)))
     start, stop = np.zeros(len(table), np.int64), nbytes.copy()
+    keys = box_keys(table)
+    if _all_distinct(keys):  # nothing is held twice: the usual case of fully sharded state, and no order is needed
+        ends = np.append(0, np.cumsum(nbytes))
+        return SavePlan(rank_offsets=offsets, start=start, stop=stop, load=np.diff(ends[offsets]))
+    ranks = np.repeat(np.arange(len(records)), np.diff(offsets))
+    order, group_start = _group(table, keys)
+    counts = np.diff(np.append(group_start, len(table)))
     shared = counts > 1
     lowest = shared & record_whole(table[order[group_start]])
     stop[order[_members(group_start[lowest] + 1, counts[lowest] - 1)]] = 0
@@ -66,19 +70,27 @@ def plan_save(records: Sequence[NDArray[np.void]]) -> SavePlan:
     return SavePlan(rank_offsets=offsets, start=start, stop=stop, load=load)
 
 
-def _group(table: NDArray[np.void]) -> tuple[Int64Array, Int64Array]:
+def _all_distinct(keys: NDArray[np.uint64]) -> bool:
+    ordered = np.sort(keys)
+    return bool((ordered[1:] != ordered[:-1]).all())
+
+
+def _group(table: NDArray[np.void], keys: NDArray[np.uint64]) -> tuple[Int64Array, Int64Array]:
     """Order of the records that puts equal boxes together (lowest rank first), and where each group starts."""
-    keys = box_keys(table)
     order = np.argsort(keys, kind="stable")
-    new = np.ones(len(table), bool)
-    if len(table):
-        keys = keys[order]
-        new[1:] = keys[1:] != keys[:-1]
-        ordered = table[["name", "first", "last"]][order]
-        if not np.array_equal(ordered[1:] != ordered[:-1], new[1:]):
-            order = np.lexsort((table["last"], table["first"], table["name"]))  # two boxes share a key: exact order
-            ordered = table[["name", "first", "last"]][order]
-            new[1:] = ordered[1:] != ordered[:-1]
+    columns = [table[field][order] for field in ("name", "first", "last")]
+    keys = keys[order]
+    same_key = keys[1:] == keys[:-1]
+    same_box = np.ones(len(same_key), bool)
+    for column in columns:
+        same_box &= column[1:] == column[:-1]
+    if not np.array_equal(same_key, same_box):  # two boxes share a key: exact order
+        order = np.lexsort((table["last"], table["first"], table["name"]))
+        same_box[:] = True
+        for field in ("name", "first", "last"):
+            column = table[field][order]
+            same_box &= column[1:] == column[:-1]
+    new = np.append(np.ones(min(1, len(table)), bool), ~same_box)
     return order.astype(np.int64), np.flatnonzero(new)
 
 

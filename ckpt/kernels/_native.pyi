@@ -1,0 +1,33 @@
+"""The compiled module (native/binding.cpp). Statuses and kernels are the numbers of native/include/ckpt_core.h."""
+
+import numpy as np
+from numpy.typing import NDArray
+
+CORE_VERSION: int
+DIMS_MAX: int
+THREADS_MAX: int
+
+def copy_boxes(
+    source: NDArray[np.uint64],
+    source_limit: NDArray[np.uint64],
+    target: NDArray[np.uint64],
+    target_limit: NDArray[np.uint64],
+    lengths: NDArray[np.int64],
+    source_strides: NDArray[np.int64],
+    target_strides: NDArray[np.int64],
+    itemsize: NDArray[np.int64],
+    threads: int,
+) -> tuple[int, int]: ...
+def crc32c(kernel: int, data: NDArray[np.uint8], value: int) -> tuple[int, int]: ...
+def crc32c_ranges(
+    kernel: int,
+    data: NDArray[np.uint8],
+    starts: NDArray[np.int64],
+    stops: NDArray[np.int64],
+    out: NDArray[np.uint32],
+    threads: int,
+) -> tuple[int, int]: ...
+def crc32c_combine(crc_a: int, crc_b: int, nbytes_b: int) -> int: ...
+def kernel_available(kernel: int) -> bool: ...
+def kernel_auto() -> int: ...
+def build_info() -> dict[str, str]: ...

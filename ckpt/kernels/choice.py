@@ -1,0 +1,123 @@
+"""Which kernel runs: the native core, or the NumPy reference when `CKPT_KERNEL=reference` demands it.
+
+In: the environment, read here only, at call time. Out: the native module and the number of a CRC kernel. A demand that cannot be
+met is an error; there is no silent fallback.
+"""
+
+from __future__ import annotations
+
+import os
+import platform
+from enum import IntEnum
+from types import ModuleType
+from typing import Any
+
+from ckpt.errors import InvalidInputError
+
+REFERENCE = "reference"
+ENVIRONMENT_VARIABLE = "CKPT_KERNEL"
+
+
+class CrcKernel(IntEnum):
+    """As `ckpt_kernel` in native/include/ckpt_core.h."""
+
+    auto = 0
+    table = 1
+    sse42 = 2
+    arm = 3
+
+
+class Status(IntEnum):
+    """As `ckpt_status` in native/include/ckpt_core.h."""
+
+    OK = 0
+    BAD_ARGUMENT = 1
+    SOURCE_OUT_OF_BOUNDS = 2
+    TARGET_OUT_OF_BOUNDS = 3
+    TARGET_OVERLAPS = 4
+    NO_KERNEL = 5
+
+
+def demanded() -> str | None:
+    """The kernel that `CKPT_KERNEL` asks for, None when it leaves the choice to us."""
+    name = os.environ.get(ENVIRONMENT_VARIABLE)
+    if not name:
+        return None
+    if name == REFERENCE or (name in CrcKernel.__members__ and name != "auto"):
+        return name
+    known = ", ".join([REFERENCE, *(kernel.name for kernel in CrcKernel if kernel)])
+    raise InvalidInputError(
+        f"environment variable {ENVIRONMENT_VARIABLE} must name a kernel, found {name!r}",
+        kind="unknown-kernel",
+        hints=(f"known: {known}; unset it to use the fastest",),
+    )
+
+
+try:
+    from ckpt.kernels import _native as _module
+
+    _loaded: ModuleType | None = _module
+except ImportError as error:
+    if demanded() != REFERENCE:
+        raise ImportError(
+            f"the native core of ckpt (ckpt/kernels/_native) cannot be loaded: {error}\n"
+            "hint: build it with `make native` in a source tree, or `pip install .`\n"
+            f"hint: {ENVIRONMENT_VARIABLE}={REFERENCE} runs without it, hundreds of times slower"
+        ) from error
+    _loaded = None
+
+
+def native() -> ModuleType:
+    """The compiled module; its functions are typed in _native.pyi."""
+    if _loaded is None:
+        raise InvalidInputError(
+            f"the native core of ckpt is not built, and {ENVIRONMENT_VARIABLE} no longer asks for `{REFERENCE}`",
+            kind="no-kernel",
+            hints=("build it with `make native` in a source tree, or `pip install .`",),
+        )
+    return _loaded
+
+
+def crc_kernel() -> CrcKernel:
+    """The CRC kernel to run, as demanded. InvalidInputError where this build or this processor does not have it."""
+    name = demanded()
+    if name is None or name == REFERENCE:
+        return CrcKernel.auto
+    kernel = CrcKernel[name]
+    if not native().kernel_available(kernel):
+        raise InvalidInputError(
+            f"{ENVIRONMENT_VARIABLE}={name}: this build on this processor ({platform.machine()}) has no such kernel",
+            kind="no-kernel",
+            hints=(f"here: {', '.join([REFERENCE, *available()])}; unset it to use the fastest",),
+        )
+    return kernel
+
+
+def available() -> list[str]:
+    """Names of the native CRC kernels that run here; none when the native core is not built."""
+    if _loaded is None:
+        return []
+    return [kernel.name for kernel in CrcKernel if kernel and _loaded.kernel_available(kernel)]
+
+
+def kernel_info() -> dict[str, Any]:
+    """What runs here and how it was built, for `ckpt doctor` and reports. JSON-ready; keys are only ever added."""
+    name = demanded()
+    if name == REFERENCE:
+        runs = REFERENCE
+    else:
+        runs = name or CrcKernel(native().kernel_auto()).name
+        crc_kernel()
+    built: dict[str, Any] = {} if _loaded is None else _loaded.build_info()
+    return {
+        "native": _loaded is not None,
+        "core_version": None if _loaded is None else _loaded.CORE_VERSION,
+        "demanded": name,
+        "copy": REFERENCE if name == REFERENCE else "native",
+        "crc32c": runs,
+        "crc32c_available": available(),
+        "machine": platform.machine(),
+        "compiler": built.get("compiler"),
+        "build_type": built.get("build_type"),
+        "sanitizer": built.get("sanitizer"),
+    }

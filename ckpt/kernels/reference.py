@@ -1,0 +1,187 @@
+"""The kernels in plain NumPy: what the native ones are tested against, and what `CKPT_KERNEL=reference` runs.
+
+In: checked columns (ckpt.kernels.columns). Out: the same bytes, checksums and refusals as the native core. Written to be read,
+not to be fast. Never calls the native core.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import math
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ckpt.kernels.choice import Status
+
+DIMS_MAX = 64  # CKPT_DIMS_MAX in native/include/ckpt_core.h
+_INT64_MAX = 2**63 - 1
+
+
+def copy_boxes(
+    *,
+    source: NDArray[np.uint64],
+    source_limit: NDArray[np.uint64],
+    target: NDArray[np.uint64],
+    target_limit: NDArray[np.uint64],
+    lengths: NDArray[np.int64],
+    source_strides: NDArray[np.int64],
+    target_strides: NDArray[np.int64],
+    itemsize: NDArray[np.int64],
+) -> tuple[int, int]:
+    """(status, first row at fault or -1); nothing is copied unless every row passes."""
+    if lengths.shape[1] > DIMS_MAX:
+        return Status.BAD_ARGUMENT, -1
+    rows = [
+        _Row(
+            source=(int(source[r]), int(source_limit[r])),
+            target=(int(target[r]), int(target_limit[r])),
+            lengths=tuple(lengths[r].tolist()),
+            source_strides=tuple(source_strides[r].tolist()),
+            target_strides=tuple(target_strides[r].tolist()),
+            itemsize=int(itemsize[r]),
+        )
+        for r in range(len(source))
+    ]
+    for r, row in enumerate(rows):
+        status = row.check()
+        if status != Status.OK:
+            return status, r
+    for row in rows:
+        row.copy()
+    return Status.OK, -1
+
+
+class _Row:
+    """One box to copy."""
+
+    def __init__(
+        self,
+        *,
+        source: tuple[int, int],
+        target: tuple[int, int],
+        lengths: tuple[int, ...],
+        source_strides: tuple[int, ...],
+        target_strides: tuple[int, ...],
+        itemsize: int,
+    ) -> None:
+        self.source, self.source_limit = source
+        self.target, self.target_limit = target
+        self.lengths = lengths
+        self.source_strides = source_strides
+        self.target_strides = target_strides
+        self.itemsize = itemsize
+
+    def check(self) -> Status:
+        if self.itemsize < 1 or any(n < 0 for n in (*self.lengths, *self.source_strides, *self.target_strides)):
+            return Status.BAD_ARGUMENT
+        if 0 in self.lengths:
+            return Status.OK
+        if self.source + self._extent(self.source_strides) > self.source_limit:
+            return Status.SOURCE_OUT_OF_BOUNDS
+        if self.target + self._extent(self.target_strides) > self.target_limit:
+            return Status.TARGET_OUT_OF_BOUNDS
+        inner = self.itemsize  # extent of the dims with smaller strides
+        for stride, length in sorted(zip(self.target_strides, self.lengths, strict=True)):
+            if length > 1 and stride < inner:
+                return Status.TARGET_OVERLAPS
+            inner += (length - 1) * stride
+        return Status.OK
+
+    def _extent(self, strides: tuple[int, ...]) -> int:
+        """Bytes from the first to past the last byte of the box."""
+        extent = self.itemsize + sum((n - 1) * stride for n, stride in zip(self.lengths, strides, strict=True))
+        return extent if extent <= _INT64_MAX else 1 << 65
+
+    def copy(self) -> None:
+        if 0 in self.lengths:
+            return
+        target = _memory(self.target, self._extent(self.target_strides))
+        source = _memory(self.source, self._extent(self.source_strides))
+        shape = (*self.lengths, self.itemsize)
+        np.lib.stride_tricks.as_strided(target, shape, (*self.target_strides, 1))[...] = (
+            np.lib.stride_tricks.as_strided(source, shape, (*self.source_strides, 1))
+        )
+
+
+def _memory(address: int, nbytes: int) -> NDArray[np.uint8]:
+    return np.frombuffer((ctypes.c_uint8 * nbytes).from_address(address), np.uint8)
+
+
+# CRC-32C. Registers are polynomials over GF(2) modulo the Castagnoli polynomial, bit-reflected (bit 31 is x^0).
+_POLYNOMIAL = 0x82F63B78
+_ONE = 0x80000000
+
+
+def _times_x(a: Any) -> Any:
+    return (a >> 1) ^ ((a & 1) * _POLYNOMIAL)
+
+
+def _multiply(a: Any, b: int) -> Any:
+    """The product; `a` may be an int or a uint64 array."""
+    product = a & 0
+    for bit in range(31, -1, -1):
+        product = product ^ (((a >> bit) & 1) * b)
+        b = _times_x(b)
+    return product
+
+
+def _power_of_bytes(nbytes: int) -> int:
+    """x^(8 * nbytes)."""
+    power, base = _ONE, _ONE >> 8
+    while nbytes:
+        if nbytes & 1:
+            power = _multiply(power, base)
+        base = _multiply(base, base)
+        nbytes >>= 1
+    return power
+
+
+def _make_table() -> NDArray[np.uint64]:
+    state = np.arange(256, dtype=np.uint64)
+    for _ in range(8):
+        state = _times_x(state)
+    return state
+
+
+_TABLE = _make_table()
+
+
+def crc32c(data: NDArray[np.uint8], value: int = 0) -> int:
+    """Cut the data into rows, run all rows at once column by column, and join the rows pairwise.
+
+    Zero bytes in front of a zero register change nothing, so the data are padded in front to a full rectangle.
+    """
+    if not data.size:
+        return value
+    width = math.isqrt(data.size) + 1
+    num_rows = 1 << (-(-data.size // width) - 1).bit_length()
+    padded = np.zeros(num_rows * width, np.uint64)
+    padded[padded.size - data.size :] = data
+    states = np.zeros(num_rows, np.uint64)
+    for column in np.ascontiguousarray(padded.reshape(num_rows, width).T):
+        states = _TABLE[(states ^ column) & 255] ^ (states >> 8)
+    shift = _power_of_bytes(width)
+    while states.size > 1:
+        states = _multiply(states[0::2], shift) ^ states[1::2]
+        shift = _multiply(shift, shift)
+    start = _multiply(value ^ 0xFFFFFFFF, _power_of_bytes(data.size))
+    return int(start) ^ int(states[0]) ^ 0xFFFFFFFF
+
+
+def crc32c_ranges(
+    data: NDArray[np.uint8], starts: NDArray[np.int64], stops: NDArray[np.int64], out: NDArray[np.uint32]
+) -> tuple[int, int]:
+    """(status, first range at fault or -1); `out` is untouched unless every range passes."""
+    bad = np.flatnonzero((starts < 0) | (stops < starts) | (stops > data.size))
+    if bad.size:
+        return Status.SOURCE_OUT_OF_BOUNDS, int(bad[0])
+    for i, (start, stop) in enumerate(zip(starts.tolist(), stops.tolist(), strict=True)):
+        out[i] = crc32c(data[start:stop])
+    return Status.OK, -1
+
+
+def crc32c_combine(a: int, b: int, nbytes_b: int) -> int:
+    """CRC-32C of A followed by B."""
+    return int(_multiply(a, _power_of_bytes(nbytes_b))) ^ b

@@ -1,0 +1,156 @@
+"""Parts to a table of pieces in host memory, with copies of what lies on a device.
+
+In: `Part`s. Out: `PieceTable`, the owners of its memory, and the way back to the device. Never interprets names.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from ckpt.errors import InvalidInputError
+from ckpt.format.spec import PieceTable
+from ckpt.layout.box import BoxTable
+from ckpt.layout.placement import Placed
+from ckpt.state.tensors import Part, local_lengths, overlaps_itself
+
+
+@dataclass(frozen=True, kw_only=True)
+class HostMemory:
+    """The memory of some parts, on the host."""
+
+    pieces: PieceTable  # `boxes.tensor` is the index of the part
+    keep_alive: tuple[object, ...]  # owners of the memory
+    to_device: Callable[[], None]  # copy staged parts back to where they came from; for load targets
+
+
+def source_memory(parts: Sequence[Part]) -> HostMemory:
+    """Memory to save from: the tensors' own on the host, a pinned copy of those on a device.
+
+    Device copies run on a side stream that waits for the current one, and are complete on return.
+    """
+    staged = _HostCopies()
+    tensors = [staged.host_of(part.located.memory) for part in parts]
+    staged.wait()
+    return HostMemory(pieces=_table(parts, tensors), keep_alive=tuple(tensors), to_device=_nothing)
+
+
+def target_memory(parts: Sequence[Part], *, filled: Sequence[bool]) -> HostMemory:
+    """Memory to load into: the tensors' own on the host, a pinned buffer for those on a device.
+
+    Args:
+        parts: the wanted tensors.
+        filled: per part, whether it will be filled; a buffer that will not be starts as a copy of the tensor.
+    """
+    tensors: list[torch.Tensor] = []
+    back: list[tuple[torch.Tensor, torch.Tensor]] = []
+    for part, is_filled in zip(parts, filled, strict=True):
+        memory = part.located.memory
+        if memory.is_conj() or memory.is_neg() or overlaps_itself(memory):
+            raise InvalidInputError(
+                f"tensor `{part.spec.name}` cannot be loaded into: its elements share memory (expanded) or are computed "
+                f"on reading (conjugated); strides {memory.stride()}, shape {tuple(memory.shape)}",
+                kind="unsupported-tensor",
+                hints=("replace it by a copy of its own (`tensor.clone()`) before loading",),
+            )
+        if memory.device.type == "cpu":
+            tensors.append(memory)
+            continue
+        buffer = _host_buffer(memory)
+        if not is_filled:
+            buffer.copy_(memory)
+        tensors.append(buffer)
+        back.append((memory, buffer))
+    return HostMemory(
+        pieces=_table(parts, tensors), keep_alive=tuple(tensors), to_device=lambda: _copy_to_devices(back)
+    )
+
+
+class _HostCopies:
+    """Copies of device tensors in pinned host memory, made on one side stream per device. One owner, one thread."""
+
+    def __init__(self) -> None:
+        self._streams: dict[torch.device, torch.cuda.Stream] = {}
+
+    def host_of(self, memory: torch.Tensor) -> torch.Tensor:
+        """The tensor itself on the host, else a copy that is complete after `wait`."""
+        if memory.device.type == "cpu":
+            return memory.resolve_conj().resolve_neg()
+        if memory.device.type != "cuda":
+            return memory.cpu()
+        stream = self._streams.get(memory.device)
+        if stream is None:
+            stream = torch.cuda.Stream(device=memory.device)  # type: ignore[no-untyped-call]
+            stream.wait_stream(torch.cuda.current_stream(memory.device))
+            self._streams[memory.device] = stream
+        buffer = _host_buffer(memory)
+        with torch.cuda.stream(stream):
+            buffer.copy_(memory, non_blocking=True)
+        return buffer
+
+    def wait(self) -> None:
+        """Return when all copies are complete."""
+        for stream in self._streams.values():
+            event = torch.cuda.Event()  # type: ignore[no-untyped-call]
+            event.record(stream)
+            event.synchronize()
+
+
+def _host_buffer(memory: torch.Tensor) -> torch.Tensor:
+    pinned = memory.device.type == "cuda" and memory.numel() > 0
+    return torch.empty(memory.shape, dtype=memory.dtype, device="cpu", pin_memory=pinned)
+
+
+def _copy_to_devices(back: Sequence[tuple[torch.Tensor, torch.Tensor]]) -> None:
+    for memory, buffer in back:
+        memory.copy_(buffer, non_blocking=True)
+    for device in {memory.device for memory, _ in back if memory.device.type == "cuda"}:
+        torch.cuda.current_stream(device).synchronize()
+
+
+def _nothing() -> None:
+    return None
+
+
+def _table(parts: Sequence[Part], tensors: Sequence[torch.Tensor]) -> PieceTable:
+    """One row per box that holds an element, in order of the parts."""
+    rows = [
+        (index, placed)
+        for index, part in enumerate(parts)
+        for placed in part.located.placed
+        if 0 not in placed.box.lengths
+    ]
+    boxes = BoxTable.build((index, placed.box) for index, placed in rows)
+    address = np.zeros(len(rows), np.uint64)
+    limit = np.zeros(len(rows), np.uint64)
+    strides = np.zeros((len(rows), boxes.num_dims), np.int64)
+    for row, (index, placed) in enumerate(rows):
+        tensor = tensors[index]
+        offset, box_strides = _in_memory(placed, tensor)
+        itemsize = tensor.element_size()
+        address[row] = tensor.data_ptr() + offset * itemsize
+        storage = tensor.untyped_storage()
+        limit[row] = storage.data_ptr() + storage.nbytes()
+        strides[row, : len(box_strides)] = box_strides
+        strides[row] *= itemsize
+    return PieceTable(boxes=boxes, address=address, limit=limit, strides=strides)
+
+
+def _in_memory(placed: Placed, tensor: torch.Tensor) -> tuple[int, tuple[int, ...]]:
+    """(offset of the box's first element, its strides) in elements from the tensor's first element."""
+    own = tensor.stride()
+    offset = sum(at * stride for at, stride in zip(placed.local_offsets, own, strict=True))
+    dims = len(placed.box.lengths)
+    if dims == len(own):
+        return offset, own
+    if len(own) == 1:
+        strides, step = [0] * dims, own[0]
+        for dim in reversed(range(dims)):
+            strides[dim] = step
+            step *= placed.box.lengths[dim]
+        return offset, tuple(strides)
+    local_lengths(placed.box, len(own))
+    return offset, (0,) * (dims - len(own)) + own

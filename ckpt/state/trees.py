@@ -1,0 +1,97 @@
+"""Tensors out of nested values, and back in.
+
+In: nested plain values that hold tensors. Out: typed trees with `TensorRef`s, and the tensors by name. Never changes a
+value, except that `merge` fills the containers it is given.
+"""
+
+from __future__ import annotations
+
+import collections
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from ckpt.config import OBJECT_DEPTH_MAX
+from ckpt.errors import InvalidInputError, MismatchError
+from ckpt.format.objects import TensorRef, Tree, register_codec, rewrite
+from ckpt.state.dtypes import dtype_name, torch_dtype
+
+_DICTS = (dict, collections.OrderedDict, collections.defaultdict)
+_LISTS = (list, tuple, collections.deque)
+
+register_codec(torch.Size, tag="torch.Size", to_tree=list, from_tree=torch.Size)
+register_codec(torch.device, tag="torch.device", to_tree=str, from_tree=torch.device)
+register_codec(
+    torch.dtype, tag="torch.dtype", to_tree=lambda dtype: dtype_name(dtype, tensor="<value>"), from_tree=torch_dtype
+)
+
+
+def take_tensors(value: Any, name: str) -> tuple[Tree, dict[str, torch.Tensor]]:
+    """A copy of the value with each tensor replaced by a `TensorRef`, and the tensors by name `<name>/<path>`."""
+    tensors: dict[str, torch.Tensor] = {}
+
+    def visit(item: Any, path: str, depth: int) -> Any:
+        if isinstance(item, torch.Tensor):
+            if path in tensors:
+                raise InvalidInputError(f"two values in `{name}` have the name `{path}`", kind="duplicate-name")
+            tensors[path] = item
+            return TensorRef(name=path)
+        kind = type(item)
+        if kind not in _DICTS and kind not in _LISTS:
+            return item
+        if depth >= OBJECT_DEPTH_MAX:
+            raise InvalidInputError(f"`{path[:200]}` is nested deeper than {OBJECT_DEPTH_MAX}", kind="too-deep")
+        if kind in _DICTS:
+            pairs: dict[Any, Any] = {key: visit(one, f"{path}/{key}", depth + 1) for key, one in item.items()}
+            if isinstance(item, collections.defaultdict):
+                return collections.defaultdict(item.default_factory, pairs)
+            made: Any = kind
+            return made(pairs)
+        items = [visit(one, f"{path}/{i}", depth + 1) for i, one in enumerate(item)]
+        return collections.deque(items, item.maxlen) if kind is collections.deque else kind(items)
+
+    return visit(value, name, 0), tensors
+
+
+def put_tensors(tree: Tree, tensor_of: Callable[[str], torch.Tensor | None], *, name: str) -> Tree:
+    """The tree with each `TensorRef` replaced by its tensor; MismatchError for one that is not there."""
+
+    def swap(path: str, value: Any) -> Any:
+        if not isinstance(value, TensorRef):
+            return value
+        tensor = tensor_of(value.name)
+        if tensor is None:
+            raise MismatchError(f"`{path}` refers to tensor `{value.name}`, which is not loaded with `{name}`")
+        return tensor
+
+    return rewrite(tree, swap, name=name)
+
+
+def holds_only_plain(value: Any, is_special: Callable[[Any], bool], depth: int = 0) -> bool:
+    """True when nothing in the nested value is special."""
+    if depth > OBJECT_DEPTH_MAX or is_special(value):
+        return depth > OBJECT_DEPTH_MAX
+    if type(value) in _DICTS:
+        return all(holds_only_plain(item, is_special, depth + 1) for item in value.values())
+    if type(value) in _LISTS:
+        return all(holds_only_plain(item, is_special, depth + 1) for item in value)
+    return True
+
+
+def merge(current: Any, stored: Any) -> Any:
+    """The stored value, in the very containers and tensors of the current one as far as they fit.
+
+    Keys that only the current value has stay. Tensors are taken as they are: their bytes were loaded in place.
+    """
+    if type(current) in _DICTS and type(stored) in _DICTS:
+        for key, value in stored.items():
+            current[key] = merge(current[key], value) if key in current else value
+        return current
+    if type(current) is list and type(stored) is list:
+        if len(current) == len(stored):
+            current[:] = [merge(one, other) for one, other in zip(current, stored, strict=True)]
+        else:
+            current[:] = stored
+        return current
+    return stored

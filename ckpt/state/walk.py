@@ -1,0 +1,172 @@
+"""A user's state to named tensors with boxes and typed objects.
+
+In: a state dict. Out: `LocalState` for a save, and the holders that a load works with. Called on every rank,
+communicates with nobody, changes nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, MutableMapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from torch.optim import Optimizer
+
+from ckpt.errors import InvalidInputError
+from ckpt.format.spec import LocalState, StoredObject
+from ckpt.layout.layout import Layout
+from ckpt.state.flat import FlatOptimizerHolder, FlatOptimizerState, FlatShard, FlatShardHolder
+from ckpt.state.holders import Holder
+from ckpt.state.locate import Locator, ParamTable
+from ckpt.state.memory import source_memory
+from ckpt.state.modules import ModuleHolder
+from ckpt.state.names import check_key
+from ckpt.state.optimizers import OptimizerHolder
+from ckpt.state.tensors import Part
+from ckpt.state.trees import holds_only_plain
+from ckpt.state.values import PlainHolder, StatefulHolder
+
+Named = Iterable[tuple[str, torch.Tensor]]
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Entry:
+    name: str
+    value: Any
+    assign: Callable[[Any], None]
+
+
+def collect(
+    state: Mapping[str, Any], *, rank: int, world: int, layout: Layout | None = None, names: Named = ()
+) -> LocalState:
+    """What this rank holds of the state, for a save.
+
+    Args:
+        state: modules, optimizers, tensors, numbers, nested containers, objects with `state_dict()`, by key.
+        rank: of this process among those that save.
+        world: number of processes that save.
+        layout: says of plain tensors which part of a global tensor they are.
+        names: names of parameters that optimizers hold and no module in the state has, as `module.named_parameters()`.
+
+    Returns:
+        Specs and objects sorted by name. Pieces point into the tensors' own host memory, or into pinned copies of those
+        on a device. Boxes without elements have no piece.
+
+    Errors: InvalidInputError that names the key and what is wrong with it. Called on every rank; no communication.
+    """
+    with torch.no_grad():
+        saved = [holder.save() for holder in open_state(state, rank=rank, layout=layout, names=names)]
+        parts = sorted_parts(part for one in saved for part in one.parts)
+        memory = source_memory(parts)
+    objects = _sorted_objects([item for one in saved for item in one.objects])
+    return LocalState(
+        specs=[part.spec for part in parts], pieces=memory.pieces, objects=objects, keep_alive=memory.keep_alive
+    )
+
+
+def open_state(state: Mapping[str, Any], *, rank: int, layout: Layout | None = None, names: Named = ()) -> list[Holder]:
+    """A holder for each entry, modules first."""
+    locator, table = Locator(rank=rank, layout=layout), ParamTable()
+    entries = _entries(state)
+    modules = [
+        ModuleHolder(entry.name, _as_list(entry.value), locator)
+        for entry in entries
+        if _all_are(entry.value, nn.Module)
+    ]
+    for module in modules:
+        module.add_params(table, "" if len(modules) == 1 or module.name == "model" else f"{module.name}/")
+    plain = [PlainHolder(e.name, e.value, e.assign, locator) for e in entries if _is_plain(e.value)]
+    for holder in plain:
+        holder.add_params(table)
+    for name, tensor in names:
+        if table.get(tensor) is None:
+            table.add((name,), tensor, locator.locate(name, tensor))
+    rest: list[Holder] = [
+        _special(entry, table, locator)
+        for entry in entries
+        if not _is_plain(entry.value) and not _all_are(entry.value, nn.Module)
+    ]
+    return [*modules, *plain, *rest]
+
+
+def sorted_parts(parts: Iterable[Part]) -> list[Part]:
+    """By name; one error for all names that two things have."""
+    out = sorted(parts, key=lambda part: part.spec.name)
+    seen: dict[str, Part] = {}
+    twice = []
+    for part in out:
+        for name in (part.spec.name, *part.spec.aliases):
+            other = seen.setdefault(name, part)
+            if other is not part:
+                twice.append(f"`{name}` from {other.source} and from {part.source}")
+    if twice:
+        raise InvalidInputError(f"two tensors have one name: {'; '.join(twice[:10])}", kind="duplicate-name")
+    return out
+
+
+def _sorted_objects(objects: Sequence[StoredObject]) -> list[StoredObject]:
+    out = sorted(objects, key=lambda item: item.name)
+    for one, other in zip(out, out[1:], strict=False):
+        if one.name == other.name:
+            raise InvalidInputError(f"two objects have the name `{one.name}`", kind="duplicate-name")
+    return out
+
+
+def _entries(state: Mapping[str, Any]) -> list[_Entry]:
+    """Keys and values; containers that hold modules, optimizers and the like are opened, their keys joined by `/`."""
+    if not isinstance(state, Mapping):
+        raise InvalidInputError(f"a state must be a mapping, found {type(state).__name__}")
+    return [entry for key, value in state.items() for entry in _opened(check_key(key), value, state, key)]
+
+
+def _opened(name: str, value: Any, parent: Any, key: Any) -> list[_Entry]:
+    if _is_plain(value) or _is_special(value) or _all_are(value, nn.Module) or _all_are(value, Optimizer):
+        return [_Entry(name=name, value=value, assign=_assign_in(name, parent, key))]
+    if isinstance(value, Mapping):
+        return [e for k, v in value.items() for e in _opened(f"{name}/{check_key(k)}", v, value, k)]
+    return [e for i, v in enumerate(value) for e in _opened(f"{name}/{i}", v, value, i)]
+
+
+def _assign_in(name: str, parent: Any, key: Any) -> Callable[[Any], None]:
+    def assign(value: Any) -> None:
+        if not isinstance(parent, (MutableMapping, list)):
+            raise InvalidInputError(
+                f"`{name}` cannot be loaded: it is in a {type(parent).__name__}, which cannot change"
+            )
+        parent[key] = value
+
+    return assign
+
+
+def _special(entry: _Entry, table: ParamTable, locator: Locator) -> Holder:
+    value = entry.value
+    if _all_are(value, Optimizer):
+        return OptimizerHolder(entry.name, _as_list(value), table, locator)
+    if isinstance(value, FlatOptimizerState):
+        return FlatOptimizerHolder(entry.name, value)
+    if isinstance(value, FlatShard):
+        return FlatShardHolder(entry.name, value)
+    return StatefulHolder(entry.name, value, locator)
+
+
+def _is_special(value: Any) -> bool:
+    if isinstance(value, (nn.Module, Optimizer, FlatShard, FlatOptimizerState)):
+        return True
+    return callable(getattr(value, "state_dict", None)) and callable(getattr(value, "load_state_dict", None))
+
+
+def _is_plain(value: Any) -> bool:
+    return holds_only_plain(value, _is_special)
+
+
+def _all_are(value: Any, kind: type) -> bool:
+    """True for one of this kind, and for a list or tuple of nothing else."""
+    if isinstance(value, (list, tuple)):
+        return len(value) > 0 and all(isinstance(item, kind) for item in value)
+    return isinstance(value, kind)
+
+
+def _as_list(value: Any) -> list[Any]:
+    return list(value) if isinstance(value, (list, tuple)) else [value]

@@ -1,0 +1,83 @@
+/* The contract of ckpt's native core: n-d box copy and CRC-32C.
+ *
+ * All sizes, strides and limits are bytes; limits and stops are exclusive. Every function is thread safe, keeps no state
+ * between calls, allocates no memory of its own (worker threads aside), and answers with a status instead of an exception.
+ * All bounds are checked before the first byte is touched: a call that does not return CKPT_OK has copied nothing.
+ * Knows nothing of Python or torch.
+ */
+#ifndef CKPT_CORE_H
+#define CKPT_CORE_H
+
+#include <stdint.h>
+
+#ifdef __cplusplus
+extern "C" {
+#endif
+
+#define CKPT_CORE_VERSION 1
+#define CKPT_DIMS_MAX 64    /* dims of one box */
+#define CKPT_THREADS_MAX 64 /* a call uses no more, whatever it is asked for */
+
+typedef enum ckpt_status {
+  CKPT_OK = 0,
+  CKPT_BAD_ARGUMENT = 1,         /* a negative length or stride, an item size below 1, too many dims, a null pointer */
+  CKPT_SOURCE_OUT_OF_BOUNDS = 2, /* the box would read a byte at or after its source limit */
+  CKPT_TARGET_OUT_OF_BOUNDS = 3, /* the box would write a byte at or after its target limit */
+  CKPT_TARGET_OVERLAPS = 4,      /* two elements of one box would share bytes of the target, or interleave in it */
+  CKPT_NO_KERNEL = 5             /* the kernel asked for by name is not in this build or not on this processor */
+} ckpt_status;
+
+/* N boxes in D dims as columns. Element (i0, i1, ...) of row r lies at
+ * source[r] + sum(i_d * source_strides[r*D + d]), itemsize[r] bytes long; likewise for the target. */
+typedef struct ckpt_boxes {
+  const uint64_t *source;        /* [N] address */
+  const uint64_t *source_limit;  /* [N] address, exclusive */
+  const uint64_t *target;        /* [N] address */
+  const uint64_t *target_limit;  /* [N] address, exclusive */
+  const int64_t *lengths;        /* [N, D] elements */
+  const int64_t *source_strides; /* [N, D] bytes, >= 0; 0 repeats an element */
+  const int64_t *target_strides; /* [N, D] bytes, >= 0 */
+  const int64_t *itemsize;       /* [N] bytes, >= 1 */
+  int64_t num_rows;              /* N */
+  int64_t num_dims;              /* D; with 0 dims each row is one element */
+} ckpt_boxes;
+
+/* Copy every box. On a refusal `bad_row` is the first row at fault, else -1.
+ * A row with a zero length copies nothing and needs no memory. The bytes of all sources must be disjoint from the bytes of
+ * all targets, and the targets of two rows from each other; this is the one condition that is not checked. */
+ckpt_status ckpt_copy_boxes(const ckpt_boxes *boxes, int32_t num_threads, int64_t *bad_row);
+
+typedef enum ckpt_kernel {
+  CKPT_KERNEL_AUTO = 0, /* the fastest that this processor has */
+  CKPT_KERNEL_TABLE = 1,
+  CKPT_KERNEL_SSE42 = 2,
+  CKPT_KERNEL_ARM = 3
+} ckpt_kernel;
+
+/* 1 when this build has the kernel and this processor runs it. */
+int32_t ckpt_kernel_available(ckpt_kernel kernel);
+
+/* What CKPT_KERNEL_AUTO stands for here. */
+ckpt_kernel ckpt_kernel_auto(void);
+
+/* CRC-32C (Castagnoli, RFC 3720 B.4) of `data` going on from `value`, the CRC-32C of what came before (0 at the start). */
+ckpt_status ckpt_crc32c(ckpt_kernel kernel, const void *data, uint64_t nbytes, uint32_t value, uint32_t *out);
+
+/* out[i] = CRC-32C of data[starts[i] .. stops[i]). On a refusal `bad_range` is the first range outside `data`, else -1, and
+ * `out` is untouched (CKPT_SOURCE_OUT_OF_BOUNDS). Threads share out whole ranges. */
+ckpt_status ckpt_crc32c_ranges(ckpt_kernel kernel, const void *data, uint64_t nbytes, const int64_t *starts,
+                               const int64_t *stops, int64_t num_ranges, int32_t num_threads, uint32_t *out,
+                               int64_t *bad_range);
+
+/* CRC-32C of A followed by B, from those of A and B and the size of B. */
+uint32_t ckpt_crc32c_combine(uint32_t crc_a, uint32_t crc_b, uint64_t nbytes_b);
+
+/* How this library was built, for reports: "GCC 12.2.0", "Release", "" or "address". */
+const char *ckpt_build_compiler(void);
+const char *ckpt_build_type(void);
+const char *ckpt_build_sanitizer(void);
+
+#ifdef __cplusplus
+}
+#endif
+#endif
