@@ -36,9 +36,7 @@ class Corpus:
 def read_corpus(folder: Path | None = None, *, bytes_max: int = CORPUS_BYTES_MAX) -> Corpus:
     """Read the sources and docs (`pydoc_data`) of the standard library, in the order of their names."""
     folder = folder or Path(sysconfig.get_path("stdlib"))
-    files = sorted(
-        file for file in folder.rglob("*.py") if not _SKIPPED_FOLDERS & set(file.relative_to(folder).parts)
-    )
+    files = sorted(file for file in folder.rglob("*.py") if not _SKIPPED_FOLDERS & set(file.relative_to(folder).parts))
     parts: list[NDArray[np.int16]] = []
     num_bytes = 0
     for file in files:

@@ -11,8 +11,8 @@ import zlib
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn import functional
 
 from examples.gpt.data import VOCABULARY_SIZE
 
@@ -59,7 +59,7 @@ class Attention(nn.Module):
         batch, tokens, _ = x.shape
         # -1, not num_heads: under tensor parallelism a rank sees only its share of the heads.
         q, k, v = (w(x).view(batch, tokens, -1, self.head_width).transpose(1, 2) for w in (self.wq, self.wk, self.wv))
-        mixed = F.scaled_dot_product_attention(_rotate(q, rotation), _rotate(k, rotation), v, is_causal=True)
+        mixed = functional.scaled_dot_product_attention(_rotate(q, rotation), _rotate(k, rotation), v, is_causal=True)
         return self.wo(mixed.transpose(1, 2).reshape(batch, tokens, -1))
 
 
@@ -73,7 +73,7 @@ class FeedForward(nn.Module):
         self.w3 = nn.Linear(config.width, config.hidden_width, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.w2(F.silu(self.w1(x)) * self.w3(x))
+        return self.w2(functional.silu(self.w1(x)) * self.w3(x))
 
 
 class Block(nn.Module):
@@ -142,7 +142,7 @@ def initialise(model: GPT, *, seed: int) -> None:
 
 def loss_sum(logits: Tensor, targets: Tensor) -> Tensor:
     """Cross entropy, summed over all tokens. A sum, so that parts of a batch add up whatever their sizes."""
-    return F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten(), reduction="sum")
+    return functional.cross_entropy(logits.flatten(0, 1).float(), targets.flatten(), reduction="sum")
 
 
 def _rotation_table(num_tokens: int, head_width: int) -> Tensor:

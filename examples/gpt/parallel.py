@@ -47,7 +47,7 @@ class Replica:
     stages: dist.ProcessGroup | None = None  # ranks that hold other parameters; None: each rank has a part of all
 
     def clip_gradients(self, max_norm: float) -> float:
-        """Scale all gradients so that their norm over the WHOLE model is at most `max_norm`; returns the norm before."""
+        """Scale all gradients so that their norm over the WHOLE model is at most `max_norm`; returns what it was."""
         weights = [weight for weight in self.model.parameters() if weight.grad is not None]
         norm = torch.nn.utils.get_total_norm([weight.grad for weight in weights if weight.grad is not None])
         if isinstance(norm, DTensor):
@@ -126,9 +126,7 @@ def _pipeline(config: ModelConfig, seed: int, world: int, batch_shape: tuple[int
     """Each rank is a stage: it makes only its own layers, under their names in the whole model."""
     rank = dist.get_rank()
     bounds = [config.num_layers * stage // world for stage in range(world + 1)]
-    part = ModelPart(
-        layer_start=bounds[rank], layer_stop=bounds[rank + 1], first=rank == 0, last=rank == world - 1
-    )
+    part = ModelPart(layer_start=bounds[rank], layer_stop=bounds[rank + 1], first=rank == 0, last=rank == world - 1)
     model = GPT(config, part)
     initialise(model, seed=seed)
     sequences, tokens = batch_shape

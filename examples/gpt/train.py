@@ -140,7 +140,9 @@ def parse_options(arguments: list[str] | None = None) -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(prog="examples.gpt.train", description=__doc__.splitlines()[0])
     parser.add_argument("--layout", choices=LAYOUTS, default="single")
-    parser.add_argument("--steps", type=int, default=60, help="length of the whole run, which the learning rate follows")
+    parser.add_argument(
+        "--steps", type=int, default=60, help="length of the whole run, which the learning rate follows"
+    )
     parser.add_argument("--stop", type=int, help="stop after this step; default: at the end of the run")
     parser.add_argument("--run", help="where the checkpoints go, a path or a URL; default: none are made")
     parser.add_argument("--every", type=int, default=10, help="save after every so many steps")
@@ -150,7 +152,7 @@ def parse_options(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--layers", type=int, default=6)
     parser.add_argument("--tied", action="store_true", help="output layer and embedding share one weight")
     parser.add_argument("--global-batch", type=int, default=8, help="sequences per step, over all ranks")
-    parser.add_argument("--learning-rate", type=float, default=3e-3)
+    parser.add_argument("--learning-rate", type=float, default=1e-3)
     parser.add_argument("--warm-up", type=int, default=10, help="steps")
     options = parser.parse_args(arguments)
     options.stop = options.steps if options.stop is None else options.stop
