@@ -3,7 +3,7 @@
 In: the command line. Out: a checkpoint run, and a file of one JSON line per step. The lines of the loop that are about
 checkpoints are marked `# ckpt`. From the root of the repository, for example:
 
-    torchrun --standalone --nproc-per-node 4 -m examples.gpt.train --layout tp_fsdp --run runs/gpt --steps 60
+    torchrun --standalone --nproc-per-node 4 -m examples.gpt.train --layout tp_fsdp --checkpoints runs/gpt
 
 The same command, with any layout and number of ranks, goes on where the run's newest complete checkpoint stands.
 """
@@ -110,12 +110,12 @@ def learning_rate_factor(step: int, warm_up: int, steps: int) -> float:
 
 def open_checkpoints(options: argparse.Namespace, state: dict[str, Any]) -> Checkpoints:
     """`ckpt.Checkpointer` on the run, with this process's random streams added to the state; or none."""
-    if options.run is None:
+    if options.checkpoints is None:
         return NoCheckpoints()
     import ckpt  # here, so that the example also trains where ckpt is not built
 
     state["rng"] = ckpt.RNG()
-    return ckpt.Checkpointer(options.run, every=options.every, keep_last=options.keep_last)
+    return ckpt.Checkpointer(options.checkpoints, every=options.every, keep_last=options.keep_last)
 
 
 def log_step(options: argparse.Namespace, step: int, loss: float, *, seconds: float) -> None:
@@ -144,7 +144,7 @@ def parse_options(arguments: list[str] | None = None) -> argparse.Namespace:
         "--steps", type=int, default=60, help="length of the whole run, which the learning rate follows"
     )
     parser.add_argument("--stop", type=int, help="stop after this step; default: at the end of the run")
-    parser.add_argument("--run", help="where the checkpoints go, a path or a URL; default: none are made")
+    parser.add_argument("--checkpoints", help="the run that they go to, a path or a URL; default: none are made")
     parser.add_argument("--every", type=int, default=10, help="save after every so many steps")
     parser.add_argument("--keep-last", type=int, help="keep only so many checkpoints; default: all")
     parser.add_argument("--loss-log", type=Path, help="append one JSON line per step to this file")

@@ -100,7 +100,7 @@ def _command(phase: Phase, script: Script, run: Path, loss_log: Path) -> list[st
         "--layers": script.layers,
         "--steps": script.steps,
         "--stop": phase.stop,
-        "--run": run,
+        "--checkpoints": run,
         "--every": SAVE_EVERY,
         "--keep-last": KEPT_CHECKPOINTS,
         "--loss-log": loss_log,
