@@ -196,5 +196,8 @@ def _read_losses(loss_log: Path) -> dict[int, float]:
 
 
 def _tail(output: Path) -> str:
-    lines = output.read_text(errors="replace").splitlines()[-TAIL_LINES:]
-    return "\n".join([f"the end of its output ({output}):", *(f"    {line}" for line in lines)])
+    lines = output.read_text(errors="replace").splitlines()
+    # What torchrun says of the failure comes last and hides the failure itself.
+    own = next((i for i, line in enumerate(lines) if "torch/distributed/elastic/" in line), len(lines)) or len(lines)
+    shown = [f"    {line}" for line in lines[:own][-TAIL_LINES:]]
+    return "\n".join([f"the end of its output ({output}):", *shown])
