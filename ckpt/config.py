@@ -30,6 +30,9 @@ class Options:
     read_bytes_max: int = 16 * MIB  # one read
     read_gap_bytes_max: int = 16 * KIB  # two ranges nearer than this are read as one
     read_threads: int = 4
+    exchange: str = "auto"  # ranks that load share their reads: "auto" (when it saves over 2 % of the bytes), "always", "never"
+    exchange_ranks_max: int = 64  # larger worlds read alone
+    exchange_round_bytes: int = 128 * MIB  # per rank and round
     part_bytes: int = 16 * MIB  # one part of a multipart upload
     store_threads: int = 8  # requests in flight to an object store
     store_attempts: int = 5  # tries of one request to an object store
@@ -42,8 +45,10 @@ class Options:
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):
             value = getattr(self, field.name)
-            if not isinstance(value, bool) and value <= 0:
+            if not isinstance(value, bool | str) and value <= 0:
                 raise InvalidInputError(f"option `{field.name}` must be positive, found {value}")
+        if self.exchange not in ("auto", "always", "never"):
+            raise InvalidInputError(f"option `exchange` must be auto, always or never, found {self.exchange!r}")
 
 
 def from_environment(base: Options | None = None, **changes: object) -> Options:

@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 from numpy.typing import NDArray
 
-from ckpt.errors import RankFailedError
+from ckpt.errors import CheckpointError, RankFailedError
 
 
 class World(Protocol):
@@ -61,7 +61,7 @@ class TorchWorld:
         self._wait(dist.all_gather(sizes, size, group=self._group, async_op=True))
         longest = max(int(n) for n in sizes)
         padded = torch.zeros(longest, dtype=torch.uint8)
-        padded[: len(data)] = torch.from_numpy(np.ascontiguousarray(data))
+        padded[: len(data)] = torch.from_numpy(np.array(data))  # a copy: the caller's may be read-only
         out = [torch.empty(longest, dtype=torch.uint8) for _ in range(self.size)]
         if longest:
             self._wait(dist.all_gather(out, padded, group=self._group, async_op=True))
@@ -93,3 +93,18 @@ def current_world(group: dist.ProcessGroup | None, timeout_s: float) -> World:
     if not dist.is_available() or not dist.is_initialized() or dist.get_world_size(group) == 1:
         return AloneWorld()
     return TorchWorld(group, timeout_s)
+
+
+def raise_together(world: World, error: CheckpointError | None, state: str) -> None:
+    """Raise `error` here and RankFailedError on every other rank; nothing when no rank has an error. All ranks call.
+
+    Args:
+        state: what is known of the target, for the message.
+    """
+    text = "" if error is None else error.message
+    answers = world.all_gather(np.frombuffer(text.encode(), np.uint8))
+    if error is not None:
+        raise error
+    failed = [f"rank {rank}: {answer.tobytes().decode()}" for rank, answer in enumerate(answers) if len(answer)]
+    if failed:
+        raise RankFailedError(f"the load failed on other ranks, {state}; {'; '.join(failed)}")

@@ -153,7 +153,7 @@ class ElasticSampler(torch.utils.data.Sampler[int]):
                 hints=("ckpt.load does this; by hand: reshard_state(states of all ranks, dp_rank=..., dp_size=...)",),
             )
         self.seed, self.shuffle = state["seed"], state["shuffle"]
-        deal = Deal(left=state["left"], next=state["next"], dp_size=self.dp_size)
+        deal = Deal(left=state["left"].copy(), next=state["next"], dp_size=self.dp_size)
         self._begin(deal, state["taken"], state["epoch"])
 
     def reshard_state(self, states: Sequence[dict[str, Tree]], *, dp_rank: int, dp_size: int) -> dict[str, Tree]:
