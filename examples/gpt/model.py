@@ -60,7 +60,8 @@ class Attention(nn.Module):
         # -1, not num_heads: under tensor parallelism a rank sees only its share of the heads.
         q, k, v = (w(x).view(batch, tokens, -1, self.head_width).transpose(1, 2) for w in (self.wq, self.wk, self.wv))
         mixed = functional.scaled_dot_product_attention(_rotate(q, rotation), _rotate(k, rotation), v, is_causal=True)
-        return self.wo(mixed.transpose(1, 2).reshape(batch, tokens, -1))
+        out: Tensor = self.wo(mixed.transpose(1, 2).reshape(batch, tokens, -1))
+        return out
 
 
 class FeedForward(nn.Module):
@@ -73,7 +74,8 @@ class FeedForward(nn.Module):
         self.w3 = nn.Linear(config.width, config.hidden_width, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.w2(functional.silu(self.w1(x)) * self.w3(x))
+        out: Tensor = self.w2(functional.silu(self.w1(x)) * self.w3(x))
+        return out
 
 
 class Block(nn.Module):
@@ -88,7 +90,8 @@ class Block(nn.Module):
 
     def forward(self, x: Tensor, rotation: Tensor) -> Tensor:
         x = x + self.attention(self.attention_norm(x), rotation)
-        return x + self.feed_forward(self.feed_forward_norm(x))
+        x = x + self.feed_forward(self.feed_forward_norm(x))
+        return x
 
 
 class GPT(nn.Module):
@@ -103,6 +106,7 @@ class GPT(nn.Module):
         if config.tied and not (part.first and part.last):
             raise ValueError("a tied model cannot be cut into stages: its first and last layer share a weight")
         self.config = config
+        self.rotation: Tensor
         self.embedding = nn.Embedding(config.vocabulary_size, config.width) if part.first else None
         self.layers = nn.ModuleDict({str(i): Block(config) for i in range(part.layer_start, part.layer_stop)})
         self.norm = nn.RMSNorm(config.width, eps=1e-5) if part.last else None

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.pipelining import PipelineStage, ScheduleGPipe
 from torch.distributed.tensor import DTensor, Replicate, Shard
@@ -165,10 +165,11 @@ def _whole(config: ModelConfig, seed: int) -> GPT:
     return model
 
 
-def _shard(model: GPT, mesh: dist.DeviceMesh) -> GPT:
+def _shard(model: GPT, mesh: DeviceMesh) -> GPT:
     for layer in model.layers.values():
         fully_shard(layer, mesh=mesh)
-    return fully_shard(model, mesh=mesh)
+    fully_shard(model, mesh=mesh)
+    return model
 
 
 def _mean_over(model: nn.Module, group: dist.ProcessGroup | None) -> ForwardBackward:
@@ -176,7 +177,7 @@ def _mean_over(model: nn.Module, group: dist.ProcessGroup | None) -> ForwardBack
 
     def forward_backward(inputs: Tensor, targets: Tensor) -> Tensor:
         loss = loss_sum(model(inputs), targets) / targets.numel()
-        loss.backward()
+        torch.autograd.backward(loss)
         mean = loss.detach().clone()
         if group is not None:
             dist.all_reduce(mean, group=group)

@@ -5,7 +5,7 @@ In: the length of the run. Out: `Phase` records. Pure: starts nothing, reads not
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 Expected = Literal["reference", "bit-equal", "close"]
@@ -43,61 +43,49 @@ class Script:
 
 def script(*, quick: bool) -> Script:
     """The whole demo, or the short one of the tests."""
-    return (
-        _script(steps=24, layers=2, killed=12, stops=(12, 20))
-        if quick
-        else _script(steps=64, layers=6, killed=24, stops=(36, 52))
-    )
+    if quick:
+        return _script(steps=16, layers=2, killed=8, stops=(8, 12))
+    return _script(steps=64, layers=6, killed=24, stops=(36, 52))
 
 
 def _script(*, steps: int, layers: int, killed: int, stops: tuple[int, int]) -> Script:
     assert all(step % SAVE_EVERY == 0 for step in (steps, killed, *stops))
-    before = killed - SAVE_EVERY
-    four = {"layout": "tp_fsdp", "layout_text": "TP 2 × FSDP2 2", "num_ranks": 4}
-    return Script(
-        steps=steps,
-        layers=layers,
-        phases=(
-            Phase(name="undisturbed", run="undisturbed", stop=steps, resumes_from=0, expected="reference", **four),
-            Phase(name="killed", run="gpt", stop=steps, resumes_from=0, expected="bit-equal", kill_at=killed, **four),
-            Phase(
-                name="same layout",
-                run="gpt-same-layout",
-                fork_of="gpt",
-                stop=steps,
-                resumes_from=before,
-                expected="bit-equal",
-                **four,
-            ),
-            Phase(
-                name="resharded 1",
-                layout="fsdp",
-                layout_text="FSDP2",
-                num_ranks=2,
-                run="gpt",
-                stop=stops[0],
-                resumes_from=before,
-                expected="close",
-            ),
-            Phase(
-                name="resharded 2",
-                layout="pp",
-                layout_text="2 pipeline stages",
-                num_ranks=2,
-                run="gpt",
-                stop=stops[1],
-                resumes_from=stops[0],
-                expected="close",
-            ),
-            Phase(
-                name="resharded 3",
-                layout="single",
-                layout_text="one rank",
-                num_ranks=1,
-                run="gpt",
-                stop=steps,
-                resumes_from=stops[1],
-                expected="close",
-            ),
-        ),
+    undisturbed = Phase(
+        name="undisturbed",
+        layout="tp_fsdp",
+        layout_text="TP 2 × FSDP2 2",
+        num_ranks=4,
+        run="undisturbed",
+        stop=steps,
+        resumes_from=0,
+        expected="reference",
+    )
+    killed_phase = replace(undisturbed, name="killed", run="gpt", expected="bit-equal", kill_at=killed)
+    saved = killed - SAVE_EVERY
+    same_layout = replace(
+        undisturbed,
+        name="same layout",
+        run="gpt-same-layout",
+        fork_of="gpt",
+        resumes_from=saved,
+        expected="bit-equal",
+    )
+    resharded = (
+        _resharded(1, "fsdp", "FSDP2", num_ranks=2, resumes_from=saved, stop=stops[0]),
+        _resharded(2, "pp", "2 pipeline stages", num_ranks=2, resumes_from=stops[0], stop=stops[1]),
+        _resharded(3, "single", "one process", num_ranks=1, resumes_from=stops[1], stop=steps),
+    )
+    return Script(steps=steps, layers=layers, phases=(undisturbed, killed_phase, same_layout, *resharded))
+
+
+def _resharded(number: int, layout: str, text: str, *, num_ranks: int, resumes_from: int, stop: int) -> Phase:
+    return Phase(
+        name=f"resharded {number}",
+        layout=layout,
+        layout_text=text,
+        num_ranks=num_ranks,
+        run="gpt",
+        stop=stop,
+        resumes_from=resumes_from,
+        expected="close",
     )

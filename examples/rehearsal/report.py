@@ -23,10 +23,12 @@ import matplotlib.pyplot as plt
 from rich.console import Console
 from rich.table import Table
 
-from examples.rehearsal.launch import KILLED_RANK, Outcome
+from examples.rehearsal.launch import Outcome
+from examples.rehearsal.phases import KILLED_RANK
 
 LOSS_TOLERANCE = 2e-3  # nats per token
 ZERO_SHOWN_AT = 1e-8  # on the logarithmic axis
+TABLE_WIDTH_MIN = 128
 COLOURS = ("#0072b2", "#56b4e9", "#009e73", "#d55e00", "#cc79a7", "#e69f00")  # told apart by colour-blind eyes too
 
 
@@ -77,19 +79,16 @@ def judge(outcomes: Sequence[Outcome]) -> list[Verdict]:
 
 def print_table(verdicts: Sequence[Verdict]) -> None:
     """On stdout."""
-    table = Table(title="Saved on one layout, resumed on others", title_justify="left")
-    for heading in (
-        "phase",
-        "layout",
-        "ranks",
-        "steps",
-        "what happened",
-        "seconds",
-        "max |loss difference|",
-        "promised",
-        "",
-    ):
-        table.add_column(heading, justify="right" if heading in ("ranks", "seconds") else "left")
+    table = Table(
+        title="Saved on one layout, resumed on others: largest difference of a loss from the undisturbed run's",
+        title_justify="left",
+    )
+    for heading in ("phase", "layout", "ranks", "steps", "what happened", "seconds", "difference", "promised"):
+        table.add_column(
+            heading,
+            justify="right" if heading in ("ranks", "seconds", "difference") else "left",
+            no_wrap=heading not in ("what happened", "promised"),
+        )
     for verdict in verdicts:
         outcome, phase = verdict.outcome, verdict.outcome.phase
         table.add_row(
@@ -100,12 +99,12 @@ def print_table(verdicts: Sequence[Verdict]) -> None:
             verdict.course,
             f"{outcome.seconds:.0f}",
             "0" if verdict.worst == 0 else f"{verdict.worst:.1e}",
-            verdict.bound_text,
-            "ok" if verdict.holds else "VIOLATED",
+            verdict.bound_text + ("" if verdict.holds else ": VIOLATED"),
         )
     console = Console()
-    # Piped, there is no width to fit into; a narrow terminal wraps its cells.
-    console.print(table, width=None if console.is_terminal else 160)
+    # Narrower, the cells would be cut; a terminal wraps the lines instead.
+    console.width = max(console.width if console.is_terminal else 0, TABLE_WIDTH_MIN)
+    console.print(table)
 
 
 def write_json(verdicts: Sequence[Verdict], file: Path) -> None:
