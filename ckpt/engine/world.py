@@ -53,7 +53,9 @@ class TorchWorld:
         timeout = datetime.timedelta(seconds=timeout_s)
         ranks = dist.get_process_group_ranks(group) if group is not None else None
         # use_local_synchronization: only the members call, so that a sub-group can save by itself.
-        self._group = dist.new_group(ranks, timeout=timeout, backend="gloo", use_local_synchronization=group is not None)
+        self._group = dist.new_group(
+            ranks, timeout=timeout, backend="gloo", use_local_synchronization=group is not None
+        )
 
     def all_gather(self, data: NDArray[np.uint8]) -> list[NDArray[np.uint8]]:
         size = torch.tensor([len(data)], dtype=torch.int64)
@@ -70,9 +72,7 @@ class TorchWorld:
     def all_to_all(self, parts: list[NDArray[np.uint8]], sizes: list[int]) -> list[NDArray[np.uint8]]:
         send = torch.from_numpy(np.concatenate(parts))
         out = torch.empty(sum(sizes), dtype=torch.uint8)
-        work = dist.all_to_all_single(
-            out, send, sizes, [len(part) for part in parts], group=self._group, async_op=True
-        )
+        work = dist.all_to_all_single(out, send, sizes, [len(part) for part in parts], group=self._group, async_op=True)
         self._wait(work)
         return np.split(out.numpy(), np.cumsum(sizes)[:-1])
 
@@ -84,7 +84,9 @@ class TorchWorld:
             raise RankFailedError(
                 f"rank {self.rank} of {self.size} waited for the other ranks for up to {self._timeout_s:.0f} s: {error}",
                 kind="rank-missing",
-                hints=("every rank must call save or load for the same step; look for the first error in the other ranks",),
+                hints=(
+                    "every rank must call save or load for the same step; look for the first error in the other ranks",
+                ),
             ) from error
 
 

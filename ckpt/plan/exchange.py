@@ -128,7 +128,9 @@ def _readers(unit: Int64Array, wanter: Int64Array, order_key: Int64Array) -> Int
     starts = np.flatnonzero(np.append(True, pairs[1:, 0] != pairs[:-1, 0])) if len(pairs) else np.empty(0, np.int64)
     counts = np.diff(np.append(starts, len(pairs)))
     keys = mix(order_key[pairs[starts, 0]].astype(np.uint64)) if len(pairs) else np.empty(0, np.uint64)
-    chosen = pairs[starts + (keys % np.maximum(counts, 1).astype(np.uint64)).astype(np.int64), 1] if len(pairs) else starts
+    chosen = (
+        pairs[starts + (keys % np.maximum(counts, 1).astype(np.uint64)).astype(np.int64), 1] if len(pairs) else starts
+    )
     at = np.searchsorted(pairs[starts, 0], unit) if len(pairs) else unit
     out: Int64Array = chosen[at]
     return out
@@ -163,7 +165,9 @@ def pieces_of(transfers: Transfers, pieces: PieceTable) -> PieceTable:
     strides = pad_dims(pieces.strides[row], num_dims, 0)
     shift = ((offsets - pad_dims(pieces.boxes.offsets[row], num_dims, 0)) * strides).sum(axis=1)
     return PieceTable(
-        boxes=BoxTable(tensor=transfers.boxes.tensor, offsets=offsets, lengths=pad_dims(transfers.boxes.lengths, num_dims, 1)),
+        boxes=BoxTable(
+            tensor=transfers.boxes.tensor, offsets=offsets, lengths=pad_dims(transfers.boxes.lengths, num_dims, 1)
+        ),
         address=pieces.address[row] + shift.astype(np.uint64),
         limit=pieces.limit[row],
         strides=strides,
@@ -186,5 +190,3 @@ def join_pieces(tables: Sequence[PieceTable]) -> PieceTable:
         limit=np.concatenate([t.limit for t in tables])[order],
         strides=np.concatenate([pad_dims(t.strides, num_dims, 0) for t in tables])[order],
     )
-
-

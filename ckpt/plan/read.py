@@ -282,7 +282,9 @@ def _blocks(
     return np.repeat(chunk, counts)[keep], start, stop, fragments.checksums[number], owner
 
 
-def subset_pieces(pieces: PieceTable, rows: NDArray[np.integer] | NDArray[np.bool_], tensor: NDArray[np.int32]) -> PieceTable:
+def subset_pieces(
+    pieces: PieceTable, rows: NDArray[np.integer] | NDArray[np.bool_], tensor: NDArray[np.int32]
+) -> PieceTable:
     """The given rows of `pieces`, with their tensors renumbered to `tensor` (one per kept row)."""
     boxes = BoxTable(tensor=tensor, offsets=pieces.boxes.offsets[rows], lengths=pieces.boxes.lengths[rows])
     order = np.argsort(tensor, kind="stable")
