@@ -207,6 +207,8 @@ def _placed_whole(shape: tuple[int, ...]) -> Placed:
 
 
 def _check_inside(name: str, located: Located) -> None:
+    if located.is_whole:
+        return
     shape, local_shape = located.shape, located.local_shape
     for item in located.placed:
         box = item.box
