@@ -227,11 +227,11 @@ def load(
 def open(  # noqa: A001 - `ckpt.open` reads like what it does
     url: Url,
     *,
-    step: int | str | None = None,
+    step: int | None = None,
     options: Options | None = None,
     storage_options: Mapping[str, Any] | None = None,
 ) -> Checkpoint:
-    """Open checkpoint `step` (a number, or "latest" = None) for reading. Needs no process group and no model.
+    """Open checkpoint `step` (the newest complete one when None) for reading. Needs no process group and no model.
 
     `checkpoint["model/layers.3.wq.weight"][128:256]` reads just those rows (rounded to checksum blocks).
     """

@@ -309,7 +309,7 @@ class SaveSession:
                 low, high = attempt.program.chunk_range(chunk)
                 if len(pending) >= self._options.write_buffers:
                     pending.popleft().result()
-                pending.append(pool.submit(writer.write, memoryview(image[low:high])))
+                pending.append(pool.submit(writer.write, image[low:high].data))
                 attempt.packer.checksum(chunk, image[low:high])
             for future in pending:
                 future.result()
@@ -330,7 +330,7 @@ class SaveSession:
                 low, high = attempt.program.chunk_range(chunk)
                 attempt.packer.fill(chunk, buffer)
                 attempt.packer.checksum(chunk, buffer)
-                pending.append((pool.submit(writer.write, memoryview(buffer[: high - low])), buffer))
+                pending.append((pool.submit(writer.write, buffer[: high - low].data), buffer))
                 failpoints.hit("save.in-image")
             for future, _ in pending:
                 future.result()
