@@ -27,6 +27,7 @@ from ckpt.engine.view import Checkpoint
 from ckpt.engine.world import World, current_world
 from ckpt.errors import CheckpointError, InvalidInputError, NotFoundError, SaveFailedError
 from ckpt.format.spec import LocalState
+from ckpt.layout.document import to_document
 from ckpt.layout.layout import Layout
 from ckpt.state import collect
 from ckpt.store.base import Store
@@ -264,7 +265,8 @@ def _open_together(run: Run, step: int | None) -> StoredCheckpoint:
 def _request(step: int, metrics: Any, metadata: Any, layout: Layout | None) -> Request:
     if type(step) is not int or step < 0:
         raise InvalidInputError(f"step must be a whole number from 0 on, found {step!r}")
-    return Request(step=step, metrics=dict(metrics or {}), metadata=dict(metadata or {}), layout=None)
+    document = None if layout is None else to_document(layout)
+    return Request(step=step, metrics=dict(metrics or {}), metadata=dict(metadata or {}), layout=document)
 
 
 def _first_line(error: BaseException) -> str:
