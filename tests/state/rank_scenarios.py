@@ -14,7 +14,6 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from state_oracle import Memory, export, numbered
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import FullyShardedDataParallel, ShardingStrategy, fully_shard
@@ -33,6 +32,7 @@ from ckpt.layout.mesh import Mesh
 from ckpt.layout.pattern import NamePattern
 from ckpt.layout.rules import Rule, ShardStep, Where
 from ckpt.state import SavedWorld, collect, target
+from tests.state.state_oracle import Memory, export, numbered
 
 State = dict[str, Any]
 Parallel = Callable[[nn.Module], nn.Module]

@@ -9,8 +9,11 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import pytest
-from rank_pool import RankPool
-from rank_scenarios import EVEN, UNEVEN
+
+from tests.state.rank_pool import RankPool
+from tests.state.rank_scenarios import EVEN, UNEVEN
+
+pytestmark = pytest.mark.multirank
 
 
 @pytest.fixture(scope="module", params=[2, 4])
