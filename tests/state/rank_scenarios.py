@@ -191,8 +191,8 @@ def tp(sizes: dict[str, int]) -> None:
     roundtrip(sizes, lambda model: tensor_parallel(model, mesh))
 
 
-def tp_fsdp2(sizes: dict[str, int]) -> None:
-    mesh = init_device_mesh("cpu", (2, dist.get_world_size() // 2), mesh_dim_names=("dp", "tp"))
+def tp_fsdp2(sizes: dict[str, int], dp: int = 2) -> None:
+    mesh = init_device_mesh("cpu", (dp, dist.get_world_size() // dp), mesh_dim_names=("dp", "tp"))
     roundtrip(sizes, lambda model: shard_each(tensor_parallel(model, mesh["tp"]), mesh["dp"]))
 
 
