@@ -51,8 +51,8 @@ def target_memory(parts: Sequence[Part], *, filled: Sequence[bool]) -> HostMemor
         memory = part.located.memory
         if memory.is_conj() or memory.is_neg() or overlaps_itself(memory):
             raise InvalidInputError(
-                f"tensor `{part.spec.name}` cannot be loaded into: its elements share memory (expanded) or are computed "
-                f"on reading (conjugated); strides {memory.stride()}, shape {tuple(memory.shape)}",
+                f"tensor `{part.spec.name}` cannot be loaded into: its elements share memory (expanded) or are "
+                f"computed on reading (conjugated); strides {memory.stride()}, shape {tuple(memory.shape)}",
                 kind="unsupported-tensor",
                 hints=("replace it by a copy of its own (`tensor.clone()`) before loading",),
             )

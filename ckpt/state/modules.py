@@ -14,7 +14,6 @@ import torch
 from torch import nn
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
-from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from ckpt.errors import InvalidInputError
 from ckpt.format.objects import decode, encode
@@ -24,7 +23,7 @@ from ckpt.state.holders import Action, Saved, StoredTensors, Wanted
 from ckpt.state.locate import Locator, ParamTable
 from ckpt.state.names import join, walk_module
 from ckpt.state.rows import Rows
-from ckpt.state.tensors import Located, Part, part
+from ckpt.state.tensors import Located, Part, memory_problem, part
 from ckpt.state.trees import put_tensors, take_tensors
 
 
@@ -139,9 +138,7 @@ def _set_extra_state(module: nn.Module, tree: Any) -> Action:
 def _identity(found: _Found) -> object:
     """Equal for two names of the same memory. Sharded tensors by object, so that all ranks see the same ties."""
     tensor = found.tensor
-    if isinstance(tensor, DTensor) or found.located is not None or tensor.numel() == 0 or tensor.is_meta:
-        return id(tensor)
-    if tensor.layout != torch.strided or is_traceable_wrapper_subclass(tensor):
+    if isinstance(tensor, DTensor) or found.located is not None or memory_problem(tensor) or tensor.numel() == 0:
         return id(tensor)
     return (tensor.data_ptr(), tuple(tensor.shape), tensor.stride(), tensor.dtype, tensor.device)
 

@@ -4,7 +4,8 @@ In: optimizers, the table of parameters. Out: parts, objects, and the actions th
 optimizer, never gathers, and does not care for the order of parameter groups.
 
 A slot is the tensor `<key>/<parameter>/<slot>`. The object `<key>` is
-`{"groups": [{"params": [names], <hyperparameter>: value, ...}], "param_state": {name: {slot: value that is no tensor}}}`.
+`{"groups": [{"params": [names], <hyperparameter>: value, ...}], "param_state": {name: {slot: value}}}`, the last for
+values that are no tensors.
 """
 
 from __future__ import annotations

@@ -68,8 +68,8 @@ def target(
 ) -> LoadTarget:
     """Memory and objects that this rank wants from a checkpoint with the tensors `stored`.
 
-    The arguments are those of `collect`. Optimizer slots that are stored and that the optimizer does not have yet are made
-    here and installed by `restore`.
+    The arguments are those of `collect`. Optimizer slots that are stored and that the optimizer does not have yet
+    are made here and installed by `restore`.
     """
     tensors = StoredTensors.build(stored)
     with torch.no_grad():

@@ -138,11 +138,10 @@ def locate_dtensor(name: str, tensor: DTensor) -> Located:
 
 def plain_memory(name: str, tensor: torch.Tensor) -> torch.Tensor:
     """The tensor as plain strided memory; InvalidInputError for what has none."""
-    memory = tensor.detach()
-    problem = _memory_problem(memory)
+    problem = memory_problem(tensor)
     if problem is not None:
         raise InvalidInputError(f"tensor `{name}` {problem}", kind="unsupported-tensor")
-    return memory
+    return tensor.detach()
 
 
 def overlaps_itself(memory: torch.Tensor) -> bool:
@@ -156,7 +155,8 @@ def overlaps_itself(memory: torch.Tensor) -> bool:
     return False
 
 
-def _memory_problem(memory: torch.Tensor) -> str | None:
+def memory_problem(memory: torch.Tensor) -> str | None:
+    """Why this is not plain strided memory, as the end of a sentence; None when it is."""
     if isinstance(memory, UninitializedTensorMixin):
         return "belongs to a lazy module that has not run yet; run it once before"
     if memory.layout != torch.strided or memory.is_quantized or memory.is_nested:

@@ -19,11 +19,14 @@ from ckpt.format.spec import LocalState, StoredObject
 from ckpt.layout.layout import Layout
 from ckpt.state.flat import FlatOptimizerHolder, FlatOptimizerState, FlatShard, FlatShardHolder
 from ckpt.state.holders import Holder
+from ckpt.state.loader import is_loader
 from ckpt.state.locate import Locator, ParamTable
 from ckpt.state.memory import source_memory
 from ckpt.state.modules import ModuleHolder
 from ckpt.state.names import check_key
 from ckpt.state.optimizers import OptimizerHolder
+from ckpt.state.per_rank import LoaderHolder, RngHolder
+from ckpt.state.rng import RNG
 from ckpt.state.tensors import Part
 from ckpt.state.trees import holds_only_plain
 from ckpt.state.values import PlainHolder, StatefulHolder
@@ -67,7 +70,7 @@ def collect(
 
 
 def open_state(state: Mapping[str, Any], *, rank: int, layout: Layout | None = None, names: Named = ()) -> list[Holder]:
-    """A holder for each entry, modules first."""
+    """A holder for each entry: modules first, random streams last (loading the others may draw numbers)."""
     locator, table = Locator(rank=rank, layout=layout), ParamTable()
     entries = _entries(state)
     modules = [
@@ -88,6 +91,7 @@ def open_state(state: Mapping[str, Any], *, rank: int, layout: Layout | None = N
         for entry in entries
         if not _is_plain(entry.value) and not _all_are(entry.value, nn.Module)
     ]
+    rest.sort(key=lambda holder: isinstance(holder, RngHolder))
     return [*modules, *plain, *rest]
 
 
@@ -148,11 +152,15 @@ def _special(entry: _Entry, table: ParamTable, locator: Locator) -> Holder:
         return FlatOptimizerHolder(entry.name, value)
     if isinstance(value, FlatShard):
         return FlatShardHolder(entry.name, value)
+    if isinstance(value, RNG):
+        return RngHolder(entry.name, value)
+    if is_loader(value):
+        return LoaderHolder(entry.name, value)
     return StatefulHolder(entry.name, value, locator)
 
 
 def _is_special(value: Any) -> bool:
-    if isinstance(value, (nn.Module, Optimizer, FlatShard, FlatOptimizerState)):
+    if isinstance(value, (nn.Module, Optimizer, FlatShard, FlatOptimizerState, RNG)):
         return True
     return callable(getattr(value, "state_dict", None)) and callable(getattr(value, "load_state_dict", None))
 

@@ -65,6 +65,8 @@ class Memory:
     def tensor(self, name: str) -> torch.Tensor:
         spec = self.specs[name]
         dtype = getattr(torch, spec.dtype)
+        if 0 in spec.shape:
+            return torch.empty(spec.shape, dtype=dtype)
         flat = torch.from_numpy(self.bytes[name].reshape(-1).copy())
         return flat.view(dtype).reshape(spec.shape)
 
