@@ -36,6 +36,7 @@ class S3Server:
     endpoint_url: str
     process: subprocess.Popen[bytes]
     honours_conditions: bool
+    backdoor: Any  # a plain botocore client, which shares no code with the stores
 
     def url(self, prefix: str) -> str:
         """URL of a run in the bucket."""
@@ -57,28 +58,26 @@ class S3Server:
             "AWS_EC2_METADATA_DISABLED": "true",
         }
 
-    def client(self) -> Any:
-        """A plain botocore client: the back door, which shares no code with the stores. Close it."""
-        return botocore.session.Session().create_client(
-            "s3",
-            endpoint_url=self.endpoint_url,
-            aws_access_key_id=ACCESS_KEY,
-            aws_secret_access_key=SECRET_KEY,
-            region_name="us-east-1",
-            config=Config(connect_timeout=2, read_timeout=10, retries={"total_max_attempts": 3}),
-        )
-
     def backdoor_put(self, key: str, data: bytes) -> None:
         """Write an object behind the store's back."""
-        with contextlib.closing(self.client()) as client:
-            client.put_object(Bucket=BUCKET, Key=key, Body=data)
+        self.backdoor.put_object(Bucket=BUCKET, Key=key, Body=data)
 
     def backdoor_get(self, key: str) -> bytes:
         """Read an object behind the store's back."""
-        with contextlib.closing(self.client()) as client:
-            body = client.get_object(Bucket=BUCKET, Key=key)["Body"]
-            with contextlib.closing(body):
-                return bytes(body.read())
+        body = self.backdoor.get_object(Bucket=BUCKET, Key=key)["Body"]
+        with contextlib.closing(body):
+            return bytes(body.read())
+
+
+def _client(endpoint_url: str) -> Any:
+    return botocore.session.Session().create_client(
+        "s3",
+        endpoint_url=endpoint_url,
+        aws_access_key_id=ACCESS_KEY,
+        aws_secret_access_key=SECRET_KEY,
+        region_name="us-east-1",
+        config=Config(connect_timeout=2, read_timeout=10, retries={"total_max_attempts": 3}),
+    )
 
 
 def free_port() -> int:
@@ -123,6 +122,7 @@ def _program(name: str) -> str:
 def _running(name: str, command: list[str], port: int, *, honours_conditions: bool, log: Path) -> Iterator[S3Server]:
     environment = {key: value for key, value in os.environ.items() if not key.startswith(("RCLONE_", "AWS_"))}
     with log.open("wb") as output:
+        client = _client(f"http://127.0.0.1:{port}")
         process = subprocess.Popen(command, stdout=output, stderr=output, stdin=subprocess.DEVNULL, env=environment)
         try:
             server = S3Server(
@@ -130,10 +130,12 @@ def _running(name: str, command: list[str], port: int, *, honours_conditions: bo
                 endpoint_url=f"http://127.0.0.1:{port}",
                 process=process,
                 honours_conditions=honours_conditions,
+                backdoor=client,
             )
             _wait_until_up(server, log)
             yield server
         finally:
+            client.close()
             process.terminate()
             try:
                 process.wait(timeout=5)
@@ -145,16 +147,14 @@ def _running(name: str, command: list[str], port: int, *, honours_conditions: bo
 def _wait_until_up(server: S3Server, log: Path) -> None:
     """Return when the bucket can be listed; the server's own words when it does not come up."""
     deadline_s = time.monotonic() + _START_DEADLINE_S
-    with contextlib.closing(server.client()) as client:
-        while True:
-            try:
-                names = [bucket["Name"] for bucket in client.list_buckets()["Buckets"]]
-                if BUCKET not in names:
-                    client.create_bucket(Bucket=BUCKET)
-                return
-            except (botocore.exceptions.BotoCoreError, botocore.exceptions.ClientError) as error:
-                stopped = server.process.poll() is not None
-                if stopped or time.monotonic() > deadline_s:
-                    text = log.read_text(errors="replace")
-                    raise AssertionError(f"{server.name} did not come up: {error}\n{text}") from error
-            time.sleep(0.1)
+    while True:
+        try:
+            names = [bucket["Name"] for bucket in server.backdoor.list_buckets()["Buckets"]]
+            if BUCKET not in names:
+                server.backdoor.create_bucket(Bucket=BUCKET)
+            return
+        except (botocore.exceptions.BotoCoreError, botocore.exceptions.ClientError) as error:
+            if server.process.poll() is not None or time.monotonic() > deadline_s:
+                text = log.read_text(errors="replace")
+                raise AssertionError(f"{server.name} did not come up: {error}\n{text}") from error
+        time.sleep(0.1)

@@ -126,7 +126,9 @@ class Assembler:
             self._images = {k: v for k, v in self._images.items() if k[0] != receipt.rank}
             self._images[key] = receipt.image
         elif key not in self._images:
-            raise RankFailedError(f"rank {receipt.rank} refers to a structure that it never sent", kind="rank-disagrees")
+            raise RankFailedError(
+                f"rank {receipt.rank} refers to a structure that it never sent", kind="rank-disagrees"
+            )
         return with_image(receipt, self._images[key])
 
 
@@ -170,7 +172,9 @@ def _merge(receipts: Sequence[Receipt]) -> _Merged:
         position.append(image.offsets)
         nbytes.append(image.nbytes)
         if int(num_blocks(image.nbytes, receipt.block_bytes).sum()) != len(receipt.checksums):
-            raise DamagedError(f"receipt of rank {receipt.rank} has {len(receipt.checksums)} checksums, expected others")
+            raise DamagedError(
+                f"receipt of rank {receipt.rank} has {len(receipt.checksums)} checksums, expected others"
+            )
     boxes = BoxTable(tensor=np.concatenate(tensor), offsets=np.concatenate(offsets), lengths=np.concatenate(lengths))
     counts = np.array([len(t) for t in tensor])
     order = _distinct_in_order(specs, boxes)

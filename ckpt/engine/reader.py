@@ -62,14 +62,18 @@ class StoredCheckpoint:
     def specs(self) -> list[TensorSpec]:
         """All tensors, by id; sorted by name."""
         if self._specs is None:
-            self._specs, _ = index.unpack_tensors(self._file(self.manifest.tensors), name=self._key(self.manifest.tensors))
+            self._specs, _ = index.unpack_tensors(
+                self._file(self.manifest.tensors), name=self._key(self.manifest.tensors)
+            )
         return self._specs
 
     @property
     def objects(self) -> list[ObjectRow]:
         """All objects of all ranks."""
         if self._objects is None:
-            self._objects = index.unpack_objects(self._file(self.manifest.objects), name=self._key(self.manifest.objects))
+            self._objects = index.unpack_objects(
+                self._file(self.manifest.objects), name=self._key(self.manifest.objects)
+            )
         return self._objects
 
     def fragments(self, tensors: NDArray[np.integer] | None = None) -> index.FragmentTable:
@@ -88,7 +92,9 @@ class StoredCheckpoint:
             bad = (table.offsets < headers[table.writer]) | (table.offsets + table.nbytes > sizes[table.writer])
         if bad.any():
             name = self.specs[int(table.boxes.tensor[np.argmax(bad)])].name
-            raise DamagedError(f"the index of step {self.step} is damaged: a fragment of `{name}` lies outside its image")
+            raise DamagedError(
+                f"the index of step {self.step} is damaged: a fragment of `{name}` lies outside its image"
+            )
 
     def plan(self, fragments: index.FragmentTable, pieces: PieceTable) -> ReadPlan:
         """The reads that fill `pieces` (tensor numbers are ids). DamagedError when an element is stored nowhere."""
@@ -128,7 +134,10 @@ class StoredCheckpoint:
     def read_object(self, row: ObjectRow) -> bytes:
         """One object's bytes, verified."""
         writer = self.manifest.writers[row.writer] if 0 <= row.writer < len(self.manifest.writers) else None
-        if writer is None or not writer.header_bytes <= row.byte_offset <= row.byte_offset + row.nbytes <= writer.nbytes:
+        if (
+            writer is None
+            or not writer.header_bytes <= row.byte_offset <= row.byte_offset + row.nbytes <= writer.nbytes
+        ):
             raise DamagedError(f"object `{row.name}` of rank {row.rank} lies outside its image")
         key = f"{self.folder}/{writer.file}"
         data = self.store.read(key, row.byte_offset, row.byte_offset + row.nbytes)

@@ -10,8 +10,6 @@ from __future__ import annotations
 import dataclasses
 import logging
 import mmap
-import queue
-import threading
 import time
 from collections import deque
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -79,7 +77,7 @@ class _Planned:
 
 
 @dataclass(kw_only=True)
-class _Attempt:
+class Attempt:
     """One save on its way. Owned by one thread at a time: staged by the trainer, then handed to whoever finishes it."""
 
     request: Request
@@ -118,7 +116,7 @@ class SaveSession:
         """
         return self.finish(self._prepare(local, request, error))
 
-    def stage(self, local: LocalState, request: Request, error: BaseException | None = None) -> _Attempt:
+    def stage(self, local: LocalState, request: Request, error: BaseException | None = None) -> Attempt:
         """Copy `local` into this session's image; afterwards the state may change. All ranks call; then `finish`."""
         attempt = self._prepare(local, request, error)
         start = time.perf_counter()
@@ -132,7 +130,7 @@ class SaveSession:
         attempt.seconds["stage"] = time.perf_counter() - start
         return attempt
 
-    def finish(self, attempt: _Attempt) -> Saved:
+    def finish(self, attempt: Attempt) -> Saved:
         """Write, leave the receipt and wait for the outcome. No collective call. The steps are those of DESIGN 5.5."""
         start = time.perf_counter()
         step = attempt.request.step
@@ -151,7 +149,9 @@ class SaveSession:
             if isinstance(error, Exception):
                 self._report(step, attempt.id, error)
             raise
-        attempt.seconds["total"] = sum(attempt.seconds.get(k, 0.0) for k in ("plan", "stage")) + time.perf_counter() - start
+        attempt.seconds["total"] = (
+            sum(attempt.seconds.get(k, 0.0) for k in ("plan", "stage")) + time.perf_counter() - start
+        )
         self._sent = attempt.image_digest
         if changed:
             self._planned = None
@@ -159,7 +159,7 @@ class SaveSession:
 
     # planning
 
-    def _prepare(self, local: LocalState, request: Request, error: BaseException | None) -> _Attempt:
+    def _prepare(self, local: LocalState, request: Request, error: BaseException | None) -> Attempt:
         start = time.perf_counter()
         if error is not None and self._planned is not None:
             self._fail_without_state(request.step, error)
@@ -181,7 +181,7 @@ class SaveSession:
             header_bytes=len(layout.header),
             header_crc32c=crc32c(layout.header),
         )
-        return _Attempt(
+        return Attempt(
             request=request,
             id=self._attempt_id,
             packer=Packer(program, local.pieces, payloads, threads=self._options.copy_threads),
@@ -246,7 +246,14 @@ class SaveSession:
         offsets[: len(kept), :width] = old.rows.offsets[kept, :width]
         lengths[: len(kept), :width] = old.rows.lengths[kept, :width]
         rows = BoxTable(tensor=local.pieces.boxes.tensor[pieces], offsets=offsets, lengths=lengths)
-        return dataclasses.replace(old, structure=structure_digest(local), layout_digest=layout_digest(local), keys=keys, rows=rows, piece_of_row=pieces)
+        return dataclasses.replace(
+            old,
+            structure=structure_digest(local),
+            layout_digest=layout_digest(local),
+            keys=keys,
+            rows=rows,
+            piece_of_row=pieces,
+        )
 
     def _program_for(self, local: LocalState, planned: _Planned, payloads: list[bytes]) -> PackProgram:
         objects = [(obj.name, len(data)) for obj, data in zip(local.objects, payloads, strict=True)]
@@ -282,7 +289,7 @@ class SaveSession:
 
     # writing
 
-    def _write_image(self, attempt: _Attempt) -> None:
+    def _write_image(self, attempt: Attempt) -> None:
         key = f"{names.attempt_folder(attempt.request.step, attempt.id)}/{self._file_name}"
         writer = self._store.open_writer(key, nbytes=attempt.program.layout.total_bytes)
         try:
@@ -296,7 +303,7 @@ class SaveSession:
             writer.abort()
             raise
 
-    def _write_staged(self, attempt: _Attempt, image: NDArray[np.uint8], writer: Any) -> None:
+    def _write_staged(self, attempt: Attempt, image: NDArray[np.uint8], writer: Any) -> None:
         with ThreadPoolExecutor(1, thread_name_prefix="ckpt-write") as pool:
             pending: deque[Future[None]] = deque()
             for chunk in range(attempt.program.num_chunks):
@@ -308,7 +315,7 @@ class SaveSession:
             for future in pending:
                 future.result()
 
-    def _write_through_buffers(self, attempt: _Attempt, writer: Any) -> None:
+    def _write_through_buffers(self, attempt: Attempt, writer: Any) -> None:
         """Fill one buffer while another is written: the host never holds more than `write_buffers` chunks."""
         while len(self._buffers) < min(self._options.write_buffers, attempt.program.num_chunks):
             self._buffers.append(allocate(self._options.chunk_bytes))
@@ -333,7 +340,7 @@ class SaveSession:
     def _file_name(self) -> str:
         return names.image_name(self._world.rank, self._world.size)
 
-    def _receipt(self, attempt: _Attempt) -> receipt.Receipt:
+    def _receipt(self, attempt: Attempt) -> receipt.Receipt:
         return receipt.Receipt(
             rank=self._world.rank,
             world=self._world.size,
@@ -351,7 +358,7 @@ class SaveSession:
 
     # the outcome
 
-    def _commit(self, attempt: _Attempt) -> bool:
+    def _commit(self, attempt: Attempt) -> bool:
         """Rank 0: wait for all receipts, write the index, publish. Returns whether a structure changed."""
         start = time.perf_counter()
         step = attempt.request.step
@@ -377,7 +384,7 @@ class SaveSession:
         attempt.seconds["commit"] = time.perf_counter() - start
         return assembled.manifest.structure_changed
 
-    def _await(self, attempt: _Attempt) -> bool:
+    def _await(self, attempt: Attempt) -> bool:
         start = time.perf_counter()
         step, options = attempt.request.step, self._options
         timeout_s = options.commit_timeout_s + options.outcome_grace_s
@@ -432,58 +439,3 @@ def _described(specs: list[TensorSpec], differing: list[str]) -> str:
     text = " ".join(differing)
     found = [f"`{s.name}` {s.dtype} {list(s.shape)} {s.role}" for s in specs if f"`{s.name}`" in text]
     return ", ".join(found[:20]) or "none of them"
-
-
-class PendingSave:
-    """A save that goes on in the background. `wait()` or `done()` from any thread."""
-
-    def __init__(self, step: int, future: Future[Saved]) -> None:
-        self.step = step
-        self._future = future
-
-    @staticmethod
-    def done_with(saved: Saved) -> PendingSave:
-        """A save that is over already."""
-        future: Future[Saved] = Future()
-        future.set_result(saved)
-        return PendingSave(saved.step, future)
-
-    def done(self) -> bool:
-        """True when the outcome is known."""
-        return self._future.done()
-
-    def wait(self, timeout_s: float | None = None) -> Saved:
-        """Return when the checkpoint is durable; raise what stopped it. TimeoutError after `timeout_s` seconds."""
-        return self._future.result(timeout_s)
-
-
-class Background:
-    """One worker thread that finishes saves in order. Owned by the session's user; `close` may be called twice."""
-
-    def __init__(self) -> None:
-        self._tasks: queue.SimpleQueue[tuple[Future[Saved], Any] | None] = queue.SimpleQueue()
-        self._thread: threading.Thread | None = None
-
-    def submit(self, task: Any) -> Future[Saved]:
-        """Run `task()` after all earlier ones."""
-        if self._thread is None:
-            self._thread = threading.Thread(target=self._run, name="ckpt-save", daemon=True)
-            self._thread.start()
-        future: Future[Saved] = Future()
-        self._tasks.put((future, task))
-        return future
-
-    def close(self, timeout_s: float | None = None) -> None:
-        """Finish what was submitted and stop the thread."""
-        if self._thread is not None:
-            self._tasks.put(None)
-            self._thread.join(timeout_s)
-            self._thread = None
-
-    def _run(self) -> None:
-        while (item := self._tasks.get()) is not None:
-            future, task = item
-            try:
-                future.set_result(task())
-            except BaseException as error:  # noqa: BLE001 - handed to whoever waits, nothing is swallowed
-                future.set_exception(error)

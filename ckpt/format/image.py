@@ -24,7 +24,9 @@ from ckpt.format.spec import TensorSpec
 from ckpt.layout.box import BoxTable, Int64Array
 
 ALIGN_BYTES = 4096
-OBJECT_SLOT_BYTES = 1024  # an object takes a multiple of this, padded with spaces, so that its growth rarely moves others
+OBJECT_SLOT_BYTES = (
+    1024  # an object takes a multiple of this, padded with spaces, so that its growth rarely moves others
+)
 OBJECT_PREFIX = "object:"
 
 
@@ -119,7 +121,9 @@ def _header(
     for (name, size), end in zip(objects, object_ends.tolist(), strict=True):
         entries[OBJECT_PREFIX + name] = {"dtype": "U8", "shape": [size], "data_offsets": [end - size, end]}
     if len(entries) != 1 + len(rows) + len(objects):
-        raise InvalidInputError("two fragments of this rank would have the same name in its image", kind="name-collision")
+        raise InvalidInputError(
+            "two fragments of this rank would have the same name in its image", kind="name-collision"
+        )
     text = json.dumps(entries, ensure_ascii=False, separators=(",", ":")).encode()
     padded = -(-(8 + len(text)) // ALIGN_BYTES) * ALIGN_BYTES - 8
     if padded > HEADER_BYTES_MAX:

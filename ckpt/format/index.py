@@ -314,7 +314,9 @@ def _fragments(table: pa.Table, specs: Sequence[TensorSpec], block_bytes: int, n
     ok &= np.diff(block_starts) == num_blocks(nbytes, block_bytes)
     if not ok.all():
         row = int(np.argmin(ok))
-        raise DamagedError(f"`{name}` is damaged: a fragment of `{specs[tensor[row]].name}` lies outside its tensor or file")
+        raise DamagedError(
+            f"`{name}` is damaged: a fragment of `{specs[tensor[row]].name}` lies outside its tensor or file"
+        )
     return FragmentTable(
         boxes=boxes,
         writer=column("writer").to_numpy(zero_copy_only=False).astype(np.int32),

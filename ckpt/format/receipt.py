@@ -67,8 +67,6 @@ class Receipt:
     extra: dict[str, Any] = field(default_factory=dict)  # JSON: what only some writers know (layout, user metadata)
 
 
-
-
 def pack(receipt: Receipt) -> bytes:
     """The receipt as bytes."""
     arrays: dict[str, NDArray[Any]] = {"checksums": receipt.checksums.astype("<u4")}

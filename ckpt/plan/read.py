@@ -101,7 +101,7 @@ def uncovered(copies: CopyTable, pieces: PieceTable) -> Int64Array:
 def _join(fragments: FragmentTable, pieces: PieceTable, specs: Sequence[TensorSpec], num_dims: int) -> CopyTable:
     """All non-empty intersections of a piece with a fragment of its tensor."""
     itemsizes = np.array([spec.itemsize for spec in specs], np.int64)
-    low, counts = _candidates(fragments, pieces, specs)
+    low, counts = candidates(fragments.boxes, pieces.boxes, specs)
     tables = [
         _join_rows(fragments, pieces, itemsizes, num_dims, rows, low, counts) for rows in _batches(counts, PAIRS_MAX)
     ]
@@ -110,19 +110,17 @@ def _join(fragments: FragmentTable, pieces: PieceTable, specs: Sequence[TensorSp
     return CopyTable(**{key: np.concatenate([vars(t)[key] for t in tables]) for key in vars(tables[0])})
 
 
-def _candidates(
-    fragments: FragmentTable, pieces: PieceTable, specs: Sequence[TensorSpec]
-) -> tuple[Int64Array, Int64Array]:
+def candidates(fragments: BoxTable, pieces: BoxTable, specs: Sequence[TensorSpec]) -> tuple[Int64Array, Int64Array]:
     """For each piece the first row and the number of rows of the fragments that can meet it.
 
-    Fragments are sorted by their first element. `reach` is the farthest last element so far: both only grow, so that the
-    fragments between the piece's first and last element are found by bisection, without looking at all of a tensor's.
+    Fragments are sorted by tensor and first element. `reach` is the farthest last element so far: both only grow, so that
+    the fragments between the piece's first and last element are found by bisection, without looking at all of a tensor's.
     """
     sizes = np.array([math.prod(spec.shape) for spec in specs], np.int64)
     base = np.cumsum(sizes) - sizes
-    first, last = (x + base[fragments.boxes.tensor] for x in corners(specs, fragments.boxes))
+    first, last = (x + base[fragments.tensor] for x in corners(specs, fragments))
     reach = np.maximum.accumulate(last)
-    piece_first, piece_last = (x + base[pieces.boxes.tensor] for x in corners(specs, pieces.boxes))
+    piece_first, piece_last = (x + base[pieces.tensor] for x in corners(specs, pieces))
     low = np.searchsorted(reach, piece_first, "left")
     return low, np.maximum(np.searchsorted(first, piece_last, "right") - low, 0)
 
@@ -339,7 +337,9 @@ def _no_copies() -> CopyTable:
     )
 
 
-def subset_pieces(pieces: PieceTable, rows: NDArray[np.integer] | NDArray[np.bool_], tensor: NDArray[np.int32]) -> PieceTable:
+def subset_pieces(
+    pieces: PieceTable, rows: NDArray[np.integer] | NDArray[np.bool_], tensor: NDArray[np.int32]
+) -> PieceTable:
     """The given rows of `pieces`, with their tensors renumbered to `tensor` (one per kept row)."""
     boxes = BoxTable(tensor=tensor, offsets=pieces.boxes.offsets[rows], lengths=pieces.boxes.lengths[rows])
     order = np.argsort(tensor, kind="stable")

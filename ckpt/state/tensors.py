@@ -145,7 +145,9 @@ def plain_memory(name: str, tensor: torch.Tensor) -> torch.Tensor:
 
 
 def overlaps_itself(memory: torch.Tensor) -> bool:
-    """True when two elements share an address (an expanded tensor): such memory cannot be written in place."""
+    """True when two elements may share an address (an expanded tensor): such memory cannot be written in place."""
+    if memory.numel() == 0:
+        return False
     reach = 1
     sizes = zip(memory.stride(), memory.shape, strict=True)
     for stride, size in sorted((stride, size) for stride, size in sizes if size > 1):

@@ -51,7 +51,7 @@ class FsspecStore:
                 size = self._size(key)
                 if size < start:
                     raise self._truncated(key, start, size)
-                stop = stop or size
+                stop = size if stop is None else stop
                 if stop == start:
                     return b""
             data = bytes(self._fs().cat_file(self._path(key), start=start or None, end=stop))
@@ -123,6 +123,7 @@ class FsspecStore:
         for key in keys:
             with contextlib.suppress(NotFoundError), self._explained(key, "delete"):
                 self._fs().rm_file(self._path(key))
+            self._prune(key)
 
     def sweep(self, prefix: str, *, older_than_s: float) -> int:
         """Nothing to do: an unfinished write of these back ends is an object or nothing."""
@@ -167,6 +168,18 @@ class FsspecStore:
 
     def _make_parent(self, key: str) -> None:
         self._fs().makedirs(self._path(key).rsplit("/", 1)[0], exist_ok=True)
+
+    def _prune(self, key: str) -> None:
+        """Remove the folders of `key` below the root as far as they are empty, on back ends that have folders."""
+        parent = key.rpartition("/")[0]
+        while parent:
+            try:
+                if self._fs().ls(self._path(parent), detail=False):
+                    return
+                self._fs().rmdir(self._path(parent))
+            except (OSError, NotImplementedError):
+                return  # not empty any more, or no folders there
+            parent = parent.rpartition("/")[0]
 
     def _path(self, key: str) -> str:
         check_keys([key])

@@ -190,8 +190,10 @@ class PosixStore:
 
     @contextlib.contextmanager
     def _written_aside(self, key: str, data: bytes) -> Iterator[tuple[int, str, str]]:
-        """Folder, temporary name and final name, with `data` durable under the temporary one. FileExistsError
-        passes."""
+        """Folder, temporary name and final name, with `data` durable under the temporary one.
+
+        A FileExistsError of the body passes as it is.
+        """
         folders, name = _parts(key)
         temporary = f"{_TEMPORARY}{secrets.token_hex(8)}"
         try:
@@ -233,8 +235,7 @@ class PosixStore:
         except OSError as error:
             raise self._error(error, key, "sync") from error
 
-    # ---- listing and
-    # removing
+    # ---- listing and removing
 
     def _scan(self, folders: tuple[str, ...]) -> tuple[Names, _Files]:
         """Sorted names of the folders and of the regular files in a folder; links and devices are left out."""

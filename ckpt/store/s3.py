@@ -4,9 +4,8 @@ In: an `s3://bucket/prefix` URL; endpoint, region and credentials from the envir
 Out: a `Store`. Never caches a listing, never takes a refusal or a lost answer for a verdict before it has read back,
 never puts a credential into a URL or a message.
 
-Requests are made on the event loop thread of fsspec. Retries with back-off are botocore's (`store_attempts`), those of
-s3fs are switched off so that the two do not multiply. Whether the server honours `If-None-Match: *` is probed on first
-use.
+Requests are made on the event loop thread of fsspec. Retries with back-off are botocore's (`store_attempts`). Whether
+the server honours `If-None-Match: *` is probed on first use.
 """
 
 from __future__ import annotations
@@ -31,9 +30,11 @@ from ckpt.config import Options
 from ckpt.errors import AlreadyExistsError, CheckpointError, DamagedError, InvalidInputError, NotFoundError, StoreError
 from ckpt.store.base import Entries, Entry, Names, check_keys
 from ckpt.store.s3_errors import code_of, error_of
+from ckpt.store.s3_session import shared_filesystem
 from ckpt.store.s3_upload import S3Writer
 
 _T = TypeVar("_T")
+PAGE_KEYS = 1000  # of one listing request; the most that S3 gives
 _PAUSE_S = 0.1  # between tries to create
 
 
@@ -46,7 +47,7 @@ class S3Store:
         self._prefix = f"{prefix}/" if prefix else ""
         self._options = options
         self._storage_options = dict(storage_options or {})
-        self._systems: dict[int, S3FileSystem] = {}  # by process id
+        self._system: tuple[int, S3FileSystem] | None = None  # with the process that it belongs to
         self._lock = threading.Lock()
         self._slots = threading.BoundedSemaphore(options.store_threads)  # parts on their way
         self._conditional: bool | None = None
@@ -176,12 +177,10 @@ class S3Store:
         return removed
 
     def close(self) -> None:
-        fs = self._systems.pop(os.getpid(), None)
-        if fs is not None and fs._s3 is not None:
-            fs.close_session(fs.loop, fs._s3)
+        """Let go of the connections, which other stores of this process may share."""
+        self._system = None
 
-    # ---- for S3Writer and
-    # here
+    # ---- for S3Writer and here
 
     def request(self, key: str, verb: str, method: str, **arguments: Any) -> Any:
         """One request about one key, with its failure explained."""
@@ -215,23 +214,9 @@ class S3Store:
     # ---- requests
 
     def _fs(self) -> S3FileSystem:
-        fs = self._systems.get(os.getpid())
-        if fs is None:
-            given = dict(self._storage_options)
-            config = {
-                "connect_timeout": self._options.connect_timeout_s,
-                "read_timeout": self._options.read_timeout_s,
-                "retries": {"total_max_attempts": self._options.store_attempts, "mode": "standard"},
-                "max_pool_connections": 2 * self._options.store_threads,
-                # Checksums are ours; many S3 servers refuse the trailing ones that new SDKs send unasked.
-                "request_checksum_calculation": "when_required",
-                "response_checksum_validation": "when_required",
-                **given.pop("config_kwargs", {}),
-            }
-            fs = S3FileSystem(skip_instance_cache=True, use_listings_cache=False, config_kwargs=config, **given)
-            fs.retries = 1
-            self._systems[os.getpid()] = fs
-        return fs
+        if self._system is None or self._system[0] != os.getpid():
+            self._system = (os.getpid(), shared_filesystem(self._options, self._storage_options))
+        return self._system[1]
 
     async def _call(self, method: str, **arguments: Any) -> Any:
         return await self._fs()._call_s3(method, Bucket=self._bucket, **arguments)
@@ -271,7 +256,9 @@ class S3Store:
         self._check_prefix(prefix)
         more: dict[str, str] = {}
         while True:
-            page = self._bucket_request("list", "list_objects_v2", Prefix=self._prefix + prefix, **arguments, **more)
+            page = self._bucket_request(
+                "list", "list_objects_v2", Prefix=self._prefix + prefix, MaxKeys=PAGE_KEYS, **arguments, **more
+            )
             yield page
             if not page.get("IsTruncated"):
                 return
@@ -333,8 +320,7 @@ class S3Store:
         text = f"`{key}` in {self._url} is truncated: expected at least {expected} bytes, found {found}"
         return DamagedError(text, kind="truncated")
 
-    # ---- conditional
-    # creation
+    # ---- conditional creation
 
     def _is_there(self, key: str, data: bytes) -> bool:
         """True when the key holds exactly `data`, False when it is absent, else AlreadyExistsError."""
