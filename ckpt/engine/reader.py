@@ -45,7 +45,7 @@ class StoredCheckpoint:
         found = self.manifest
         records = (found.tensors, found.fragments, found.objects)
         expected = [index.TENSORS_FILE, index.FRAGMENTS_FILE, index.OBJECTS_FILE]
-        images = [names.image_name(rank, found.world) for rank in range(found.world)]
+        images = [names.image_name(rank, len(found.writers)) for rank in range(len(found.writers))]
         if [record.file for record in records] != expected or [writer.file for writer in found.writers] != images:
             raise DamagedError(f"the manifest of step {self.step} names files that are not its own", kind="bad-names")
 
@@ -134,7 +134,7 @@ class StoredCheckpoint:
 
     def read_object(self, row: ObjectRow) -> bytes:
         """One object's bytes, verified."""
-        writer = self.manifest.writers[row.rank] if 0 <= row.rank < len(self.manifest.writers) else None
+        writer = self.manifest.writers[row.writer] if 0 <= row.writer < len(self.manifest.writers) else None
         if (
             writer is None
             or not writer.header_bytes <= row.byte_offset <= row.byte_offset + row.nbytes <= writer.nbytes

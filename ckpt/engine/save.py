@@ -280,6 +280,7 @@ class SaveSession:
                 name=obj.name,
                 kind=obj.kind,
                 rank=self._world.rank,
+                writer=self._world.rank,
                 dp_rank=obj.dp_rank,
                 dp_size=obj.dp_size,
                 digest=sha256(data),
