@@ -29,17 +29,15 @@ class Options:
     write_buffers: int = 3  # buffers of the write path per save
     read_bytes_max: int = 16 * MIB  # one read
     read_gap_bytes_max: int = 16 * KIB  # two ranges nearer than this are read as one
-    read_threads: int = 4
-    exchange: str = (
-        "auto"  # ranks that load share their reads: "auto" (when it saves over 2 % of the bytes), "always", "never"
-    )
+    read_threads: int = 4  # reads of one load in flight
+    exchange: str = "auto"  # whether ranks that load share their reads: auto (if it saves over 2 % of bytes), always, never
     exchange_ranks_max: int = 64  # larger worlds read alone
     exchange_round_bytes: int = 128 * MIB  # per rank and round
     part_bytes: int = 16 * MIB  # one part of a multipart upload
     store_threads: int = 8  # requests in flight to an object store
     store_attempts: int = 5  # tries of one request to an object store
-    connect_timeout_s: float = 10.0
-    read_timeout_s: float = 60.0
+    connect_timeout_s: float = 10.0  # to an object store
+    read_timeout_s: float = 60.0  # one answer of an object store
     claim_ttl_s: float = 900.0  # stores without conditional writes: a claim older than this is dead
     gc_grace_s: float = 3600.0  # unpublished attempts younger than this are kept by gc
     direct_io: bool = True  # write images around the page cache where the file system can
