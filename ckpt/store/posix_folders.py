@@ -17,6 +17,7 @@ from collections.abc import Iterator
 
 from ckpt.errors import CheckpointError, DamagedError, InvalidInputError, NotFoundError, StoreError
 
+FOLDER_RETRIES = 32  # a folder can vanish between making and using it when another process prunes empty ones
 _FOLDER_FLAGS = os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _DENIED = (errno.EACCES, errno.EPERM, errno.EROFS)
@@ -102,6 +103,8 @@ class FolderTree:
                 self._durable.discard(folders[:depth])
 
     def _make_root(self) -> None:
+        if os.path.exists(self._root) and not os.path.isdir(self._root):
+            raise InvalidInputError(f"{self._root} is a file, not a folder", kind="bad-url")
         missing = []
         path = self._root
         while not os.path.isdir(path):
