@@ -76,17 +76,4 @@ def _forget_parent() -> None:
     _lock = threading.Lock()
 
 
-class QuietFileSystem(S3FileSystem):  # type: ignore[misc]
-    """s3fs without `Expect: 100-continue`.
-
-    With that header aiohttp waits for the server's word without any timeout: a server that accepts connections and then
-    hangs would hold a put until our own last limit, instead of being retried after `read_timeout_s`.
-    """
-
-    async def set_session(self, refresh: bool = False, kwargs: Mapping[str, Any] | None = None) -> Any:
-        client = await super().set_session(refresh=refresh, kwargs=kwargs or {})
-        client.meta.events.unregister("before-call.s3", botocore.handlers.add_expect_header)
-        return client
-
-
 os.register_at_fork(after_in_child=_forget_parent)

@@ -1,4 +1,4 @@
-"""Goal: failpoints do what the environment says and nothing otherwise, and each one is reached. Method: the real code."""
+"""Goal: failpoints do what the environment says and nothing else, and each is reached. Method: the real code."""
 
 from __future__ import annotations
 
@@ -62,9 +62,18 @@ def test_kill_is_a_sigkill() -> None:
 
 
 @pytest.mark.parametrize(
-    "text", ["x", "no.such:kill", "commit.before-manifest", "commit.before-manifest:explode", "commit.before-manifest:kill@x",
-             "commit.before-manifest:delay", "commit.before-manifest:kill=3", "commit.before-manifest:kill,"],
-)  # fmt: skip
+    "text",
+    [
+        "x",
+        "no.such:kill",
+        "commit.before-manifest",
+        "commit.before-manifest:explode",
+        "commit.before-manifest:kill@x",
+        "commit.before-manifest:delay",
+        "commit.before-manifest:kill=3",
+        "commit.before-manifest:kill,",
+    ],
+)
 def test_what_cannot_be_read_is_refused(text: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CKPT_FAILPOINT", text)
     with pytest.raises(InvalidInputError, match="CKPT_FAILPOINT"):

@@ -1,4 +1,4 @@
-"""Goal: what the user writes opens that very store or is refused in clear words. Method: a table of right and wrong names."""
+"""Goal: what the user writes opens that very store or is refused clearly. Method: tables of right and wrong names."""
 
 from __future__ import annotations
 

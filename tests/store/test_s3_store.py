@@ -1,5 +1,6 @@
-"""Goal: an S3 store resolves what the network leaves open, within limits. Method: real servers, answers lost on purpose,
-wrong credentials, servers that are not there, forked children.
+"""Goal: an S3 store resolves what the network leaves open, within limits.
+
+Method: real servers, answers lost on purpose, wrong credentials, servers that are not there, forked children.
 """
 
 from __future__ import annotations
