@@ -199,6 +199,7 @@ class PosixStore:
             with self._made_with_file(folders, temporary) as (folder, fd):
                 try:
                     _write_and_sync(fd, data)
+                    self._tree.sync_entries(folders)
                     yield folder, temporary, name
                 finally:
                     with contextlib.suppress(FileNotFoundError):

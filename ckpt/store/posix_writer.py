@@ -69,6 +69,7 @@ class PosixWriter:
             self._flush_tail()
             os.fsync(self._fd)
             self._close()
+            self._tree.sync_entries(self._folders)
             with self._tree.opened(self._folders) as folder:
                 os.fsync(folder)
         self._committed = True
