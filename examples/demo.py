@@ -31,7 +31,8 @@ PRODUCTS = ("runs", "logs", "loss.png", "report.json")
 def main() -> int:
     """Run all phases; the exit code."""
     options = _parse_options()
-    signal.signal(signal.SIGTERM, _interrupt)  # so that its jobs end with it
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, _interrupt)  # so that its jobs end with it
     out: Path = options.out.resolve()
     start_s = time.monotonic()
     try:
