@@ -7,6 +7,7 @@ the manifest, reads of data against the index. Any thread may read; nothing is w
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -28,7 +29,7 @@ from ckpt.store.base import Store
 class StoredCheckpoint:
     """A complete checkpoint. `step` and `manifest` are known; the index is read when it is first needed."""
 
-    def __init__(self, store: Store, step: int | str, options: Options) -> None:
+    def __init__(self, store: Store, step: int | Literal["latest"], options: Options) -> None:
         self.store, self.options = store, options
         self.step: int = resolve(store, step)
         key = names.manifest_key(self.step)

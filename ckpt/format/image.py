@@ -60,7 +60,7 @@ def lay_out(specs: Sequence[TensorSpec], boxes: BoxTable, objects: Sequence[tupl
     """
     itemsizes = np.array([spec.itemsize for spec in specs], np.int64)[boxes.tensor]
     keys = [boxes.offsets[:, dim] for dim in reversed(range(boxes.num_dims))]
-    order = np.lexsort((*keys, boxes.tensor, -itemsizes)).astype(np.int64)
+    order = np.lexsort([*keys, boxes.tensor.astype(np.int64), -itemsizes]).astype(np.int64)
     rows = boxes.take(order)
     nbytes = rows.volumes() * itemsizes[order]
     ends = np.cumsum(nbytes)

@@ -74,7 +74,7 @@ def run_phase(phase: Phase, script: Script, out: Path, watch: Callable[[Glimpse]
         try:
             _wait(job, phase, run, loss_log, output, watch)
         finally:
-            _stop(job)
+            stop(job)
     if phase.kill_at is None and job.returncode != 0:
         raise DemoError(f"phase `{phase.name}` failed with exit code {job.returncode}\n{_tail(output)}")
     outcome = Outcome(
@@ -83,7 +83,7 @@ def run_phase(phase: Phase, script: Script, out: Path, watch: Callable[[Glimpse]
         seconds=time.monotonic() - start_s,
         newest_checkpoint=newest_checkpoint(run),
     )
-    _check_course(outcome, run, job.returncode, output)
+    check_course(outcome, run, job.returncode, output)
     return outcome
 
 
@@ -144,7 +144,7 @@ def _wait(
             )
 
 
-def _stop(job: subprocess.Popen[bytes]) -> None:
+def stop(job: subprocess.Popen[bytes]) -> None:
     """End the job and every process it started, if they still run."""
     if job.poll() is not None:
         return
@@ -160,7 +160,7 @@ def _stop(job: subprocess.Popen[bytes]) -> None:
     job.wait(KILL_GRACE_S)
 
 
-def _check_course(outcome: Outcome, run: Path, code: int, output: Path) -> None:
+def check_course(outcome: Outcome, run: Path, code: int, output: Path) -> None:
     """It began and ended where it should; where it was to be killed, it was, and the cut-off save does not show."""
     phase = outcome.phase
     first, last = min(outcome.losses, default=0), max(outcome.losses, default=0)
