@@ -72,7 +72,13 @@ def _parse(name: str, text: str, kind: type) -> object:
 # Limits of the format (docs/reference/format.md); a file beyond them is refused, not read.
 HEADER_BYTES_MAX = 100_000_000  # of an image; safetensors' own limit
 MANIFEST_BYTES_MAX = 64 * MIB
+WORLD_MAX = 10**9 - 1  # ranks of one job
+BLOCK_BYTES_LIMIT = 16 * MIB  # of one checksum: a reader holds at least one block
+INDEX_ROWS_MAX = 1 << 30  # of one file of the index
+ROW_GROUP_ROWS_MAX = 1 << 16  # of one Parquet row group of the index
 TENSOR_DIMS_MAX = 32
+TENSOR_BYTES_MAX = 1 << 62  # of all tensors of a checkpoint together, so that no product of lengths overflows
+TENSOR_NAME_BYTES_MAX = 1024  # UTF-8
 OBJECT_BYTES_MAX = 256 * MIB
 OBJECT_DEPTH_MAX = 100  # containers within containers in one typed tree
 OBJECT_NODES_MAX = 16 * 1024 * 1024  # values in one typed tree
