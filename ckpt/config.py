@@ -30,7 +30,9 @@ class Options:
     read_bytes_max: int = 16 * MIB  # one read
     read_gap_bytes_max: int = 16 * KIB  # two ranges nearer than this are read as one
     read_threads: int = 4  # reads of one load in flight
-    exchange: str = "auto"  # whether ranks that load share their reads: auto (if it saves over 2 % of bytes), always, never
+    exchange: str = (
+        "auto"  # whether ranks that load share their reads: auto (if it saves over 2 % of bytes), always, never
+    )
     exchange_ranks_max: int = 64  # larger worlds read alone
     exchange_round_bytes: int = 128 * MIB  # per rank and round
     part_bytes: int = 16 * MIB  # one part of a multipart upload
@@ -77,7 +79,13 @@ def _parse(name: str, text: str, kind: type) -> object:
 # Limits of the format (docs/reference/format.md); a file beyond them is refused, not read.
 HEADER_BYTES_MAX = 100_000_000  # of an image; safetensors' own limit
 MANIFEST_BYTES_MAX = 64 * MIB
+WORLD_MAX = 10**9 - 1  # ranks of one job
+BLOCK_BYTES_LIMIT = 16 * MIB  # of one checksum: a reader holds at least one block
+INDEX_ROWS_MAX = 1 << 30  # of one file of the index
+ROW_GROUP_ROWS_MAX = 1 << 16  # of one Parquet row group of the index
 TENSOR_DIMS_MAX = 32
+TENSOR_BYTES_MAX = 1 << 62  # of all tensors of a checkpoint together, so that no product of lengths overflows
+TENSOR_NAME_BYTES_MAX = 1024  # UTF-8
 OBJECT_BYTES_MAX = 256 * MIB
 OBJECT_DEPTH_MAX = 100  # containers within containers in one typed tree
 OBJECT_NODES_MAX = 16 * 1024 * 1024  # values in one typed tree
