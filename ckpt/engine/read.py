@@ -102,7 +102,7 @@ def _read_chunk(job: ReadJob, chunk: int, buffer: NDArray[np.uint8]) -> list[Dam
     key = job.keys[int(plan.writer[chunk])]
     data = buffer[: stop - start]
     try:
-        job.store.read_into(key, start, memoryview(data))
+        job.store.read_into(key, start, data.data)
     except DamagedError as error:
         fragment = int(plan.block_fragment[plan.block_starts[chunk]])
         return [Damage(key=key, start=start, stop=stop, tensor=_tensor(job, fragment), message=error.message)]

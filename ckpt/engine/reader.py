@@ -7,6 +7,7 @@ the manifest, reads of data against the index. Any thread may read; nothing is w
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -28,7 +29,7 @@ from ckpt.store.base import Store
 class StoredCheckpoint:
     """A complete checkpoint. `step` and `manifest` are known; the index is read when it is first needed."""
 
-    def __init__(self, store: Store, step: int | str, options: Options) -> None:
+    def __init__(self, store: Store, step: int | Literal["latest"], options: Options) -> None:
         self.store, self.options = store, options
         self.step: int = resolve(store, step)
         key = names.manifest_key(self.step)
@@ -44,7 +45,7 @@ class StoredCheckpoint:
         found = self.manifest
         records = (found.tensors, found.fragments, found.objects)
         expected = [index.TENSORS_FILE, index.FRAGMENTS_FILE, index.OBJECTS_FILE]
-        images = [names.image_name(rank, found.world) for rank in range(found.world)]
+        images = [names.image_name(rank, len(found.writers)) for rank in range(len(found.writers))]
         if [record.file for record in records] != expected or [writer.file for writer in found.writers] != images:
             raise DamagedError(f"the manifest of step {self.step} names files that are not its own", kind="bad-names")
 
@@ -133,7 +134,7 @@ class StoredCheckpoint:
 
     def read_object(self, row: ObjectRow) -> bytes:
         """One object's bytes, verified."""
-        writer = self.manifest.writers[row.rank] if 0 <= row.rank < len(self.manifest.writers) else None
+        writer = self.manifest.writers[row.writer] if 0 <= row.writer < len(self.manifest.writers) else None
         if (
             writer is None
             or not writer.header_bytes <= row.byte_offset <= row.byte_offset + row.nbytes <= writer.nbytes

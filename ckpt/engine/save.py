@@ -12,6 +12,7 @@ import logging
 import mmap
 import time
 from collections import deque
+from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any
@@ -89,6 +90,7 @@ class Attempt:
     objects: list[receipt.ObjectRow]
     block_bytes: int
     layout_digest: str
+    describe: Callable[[], dict[str, Any] | None]
     changed: bool
     staged: NDArray[np.uint8] | None
     seconds: dict[str, float]
@@ -191,6 +193,7 @@ class SaveSession:
             objects=self._object_rows(local, payloads, program),
             block_bytes=planned.block_bytes,
             layout_digest=planned.layout_digest,
+            describe=local.describe,
             changed=changed,
             staged=None,
             seconds={"plan": time.perf_counter() - start},
@@ -277,6 +280,7 @@ class SaveSession:
                 name=obj.name,
                 kind=obj.kind,
                 rank=self._world.rank,
+                writer=self._world.rank,
                 dp_rank=obj.dp_rank,
                 dp_size=obj.dp_size,
                 digest=sha256(data),
@@ -309,7 +313,7 @@ class SaveSession:
                 low, high = attempt.program.chunk_range(chunk)
                 if len(pending) >= self._options.write_buffers:
                     pending.popleft().result()
-                pending.append(pool.submit(writer.write, memoryview(image[low:high])))
+                pending.append(pool.submit(writer.write, image[low:high].data))
                 attempt.packer.checksum(chunk, image[low:high])
             for future in pending:
                 future.result()
@@ -330,7 +334,7 @@ class SaveSession:
                 low, high = attempt.program.chunk_range(chunk)
                 attempt.packer.fill(chunk, buffer)
                 attempt.packer.checksum(chunk, buffer)
-                pending.append((pool.submit(writer.write, memoryview(buffer[: high - low])), buffer))
+                pending.append((pool.submit(writer.write, buffer[: high - low].data), buffer))
                 failpoints.hit("save.in-image")
             for future, _ in pending:
                 future.result()
@@ -352,7 +356,11 @@ class SaveSession:
             checksums=attempt.packer.checksums,
             objects=attempt.objects,
             image=attempt.image if self._sent != attempt.image_digest else None,
-            extra={"structure_changed": attempt.changed, "layout": attempt.layout_digest},
+            extra={
+                "structure_changed": attempt.changed,
+                "layout": attempt.layout_digest,
+                "tensors": attempt.describe() if self._sent != attempt.image_digest else None,
+            },
         )
 
     # the outcome

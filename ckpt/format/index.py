@@ -77,6 +77,7 @@ _OBJECT_FIELDS = {
     "name": pa.string(),
     "kind": pa.string(),
     "rank": pa.int32(),
+    "writer": pa.int32(),
     "dp_rank": pa.int32(),
     "dp_size": pa.int32(),
     "digest": pa.string(),
@@ -245,7 +246,11 @@ def _checked_shape(shape: Sequence[int]) -> tuple[int, ...]:
 
 def unpack_objects(file: VerifiedFile, *, name: str) -> list[ObjectRow]:
     """All object rows."""
-    return [ObjectRow(**row) for row in _open(file, name).read(columns=list(_OBJECT_FIELDS)).to_pylist()]
+    table = _open(file, name).read()
+    absent = [column for column in _OBJECT_FIELDS if column not in table.column_names]
+    if absent:
+        raise DamagedError(f"`{name}` is damaged: it has no column `{absent[0]}`")
+    return [ObjectRow(**row) for row in table.select(list(_OBJECT_FIELDS)).to_pylist()]
 
 
 def unpack_fragments(

@@ -61,6 +61,12 @@ class Manifest:
     metadata: dict[str, Any] = field(default_factory=dict)
     metrics: dict[str, float] = field(default_factory=dict)
     structure_changed: bool = False  # some rank's state had another structure than the plan; the next save plans anew
+    rank_layouts: list[str] = field(default_factory=list)  # by rank of the job; empty: each writer's own (no reshard since)
+
+    @property
+    def layouts_by_rank(self) -> list[str]:
+        """Digest of what each rank of the job that saved held, whoever writes its images now."""
+        return self.rank_layouts or [writer.layout for writer in self.writers]
 
 
 def canonical(document: dict[str, Any]) -> bytes:

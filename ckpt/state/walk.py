@@ -17,6 +17,7 @@ from torch.optim import Optimizer
 from ckpt.errors import InvalidInputError
 from ckpt.format.spec import LocalState, StoredObject
 from ckpt.layout.layout import Layout
+from ckpt.state.describe import describe_parts
 from ckpt.state.flat import FlatOptimizerHolder, FlatOptimizerState, FlatShard, FlatShardHolder
 from ckpt.state.holders import Holder
 from ckpt.state.loader import is_loader
@@ -66,7 +67,11 @@ def collect(
         memory = source_memory(parts)
     objects = _sorted_objects([item for one in saved for item in one.objects])
     return LocalState(
-        specs=[part.spec for part in parts], pieces=memory.pieces, objects=objects, keep_alive=memory.keep_alive
+        specs=[part.spec for part in parts],
+        pieces=memory.pieces,
+        objects=objects,
+        keep_alive=memory.keep_alive,
+        describe=lambda: describe_parts(parts),
     )
 
 
