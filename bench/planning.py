@@ -20,10 +20,12 @@ from ckpt.format.spec import PieceTable, TensorSpec
 from ckpt.layout.box import BoxTable
 from ckpt.plan.cover import not_tiled
 from ckpt.plan.read import plan_read
-from ckpt.plan.records import RECORD, corners, make_records
+from ckpt.plan.records import corners, make_records
 from ckpt.plan.save import plan_save, rows_of_rank
 
-DCP_BYTES_PER_SHARD = 190  # pickled .metadata, measured: research on torch 2.13's DCP; bench/dcp_metadata.py measures it anew
+DCP_BYTES_PER_SHARD = (
+    190  # pickled .metadata, measured: research on torch 2.13's DCP; bench/dcp_metadata.py measures it anew
+)
 
 
 def specs_of(num: int, ranks: int) -> list[TensorSpec]:

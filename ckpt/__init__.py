@@ -4,8 +4,9 @@ from typing import TYPE_CHECKING, Any
 
 from ckpt.api import Checkpointer, async_save, load, open, save  # noqa: A004 - `ckpt.open` reads like what it does
 from ckpt.config import Options
+from ckpt.engine.background import PendingSave
 from ckpt.engine.load import Loaded
-from ckpt.engine.save import PendingSave, Saved
+from ckpt.engine.save import Saved
 from ckpt.engine.view import Checkpoint, TensorView
 from ckpt.errors import (
     AlreadyExistsError,

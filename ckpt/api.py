@@ -6,27 +6,34 @@ session per run and process group. The functions of this module are called from 
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Mapping
 from typing import Any
 
+import numpy as np
 import torch.distributed as dist
 
 from ckpt import config
-from ckpt.commit import find, gc, retention
+from ckpt.commit import find, retention
+from ckpt.commit.gc import collect_garbage
 from ckpt.config import Options
+from ckpt.engine.background import Background, PendingSave
 from ckpt.engine.load import Loaded, Rename, load_state
 from ckpt.engine.read import Progress
 from ckpt.engine.reader import StoredCheckpoint
-from ckpt.engine.save import Background, PendingSave, Request, Saved, SaveSession
+from ckpt.engine.save import Attempt, Request, Saved, SaveSession
 from ckpt.engine.view import Checkpoint
 from ckpt.engine.world import World, current_world
 from ckpt.errors import CheckpointError, InvalidInputError, NotFoundError, SaveFailedError
 from ckpt.format.spec import LocalState
+from ckpt.layout.document import to_document
 from ckpt.layout.layout import Layout
 from ckpt.state import collect
-from ckpt.store import open_store
 from ckpt.store.base import Store
+from ckpt.store.open import open_store
+
+_log = logging.getLogger("ckpt")
 
 State = Mapping[str, Any]
 Url = str | os.PathLike[str]
@@ -45,8 +52,10 @@ class Run:
         group: dist.ProcessGroup | None = None,
         options: Options | None = None,
         storage_options: Mapping[str, Any] | None = None,
+        keep_last: int | None = None,
     ) -> None:
         self.options = config.from_environment(options)
+        self._keep_last = keep_last
         self.store: Store = open_store(url, options=self.options, storage_options=storage_options)
         self.world: World = current_world(group, self.options.exchange_timeout_s)
         self._session = SaveSession(self.store, self.world, self.options)
@@ -57,15 +66,34 @@ class Run:
         """Save and return when durable. All ranks call."""
         self.check()
         local, error = self._collect(state, layout)
-        return self._session.save(local, request, error)
+        saved = self._session.save(local, request, error)
+        self._retire()
+        return saved
 
     def async_save(self, state: State, request: Request, layout: Layout | None) -> PendingSave:
         """Copy the state, return, go on in the background. All ranks call."""
         self.check()
         local, error = self._collect(state, layout)
         attempt = self._session.stage(local, request, error)
-        self._pending = PendingSave(request.step, self._background.submit(lambda: self._session.finish(attempt)))
+        self._pending = PendingSave(request.step, self._background.submit(lambda: self._finish(attempt)))
         return self._pending
+
+    def _finish(self, attempt: Attempt) -> Saved:
+        saved = self._session.finish(attempt)
+        self._retire()
+        return saved
+
+    def _retire(self) -> None:
+        """Rank 0 forgets what `keep_last` no longer keeps, and removes it. The save stands, whatever happens here."""
+        if self._keep_last is None or self.world.rank != 0:
+            return
+        try:
+            old = find.steps(self.store)[: -self._keep_last]
+            if old:
+                retention.forget(self.store, old)
+                collect_garbage(self.store, options=self.options)
+        except CheckpointError as error:
+            _log.warning("old checkpoints in %s could not be removed: %s", self.store.url, error.message)
 
     def check(self) -> None:
         """Wait for the save that is still on its way; SaveFailedError if it failed and nobody asked it."""
@@ -200,11 +228,11 @@ def load(
 def open(  # noqa: A001 - `ckpt.open` reads like what it does
     url: Url,
     *,
-    step: int | str | None = None,
+    step: int | None = None,
     options: Options | None = None,
     storage_options: Mapping[str, Any] | None = None,
 ) -> Checkpoint:
-    """Open checkpoint `step` (a number, or "latest" = None) for reading. Needs no process group and no model.
+    """Open checkpoint `step` (the newest complete one when None) for reading. Needs no process group and no model.
 
     `checkpoint["model/layers.3.wq.weight"][128:256]` reads just those rows (rounded to checksum blocks).
     """
@@ -215,8 +243,6 @@ def open(  # noqa: A001 - `ckpt.open` reads like what it does
 
 def _open_together(run: Run, step: int | None) -> StoredCheckpoint:
     """The same step on every rank, also while another job saves: rank 0 decides."""
-    import numpy as np
-
     stored: StoredCheckpoint | None = None
     error: CheckpointError | None = None
     try:
@@ -239,7 +265,8 @@ def _open_together(run: Run, step: int | None) -> StoredCheckpoint:
 def _request(step: int, metrics: Any, metadata: Any, layout: Layout | None) -> Request:
     if type(step) is not int or step < 0:
         raise InvalidInputError(f"step must be a whole number from 0 on, found {step!r}")
-    return Request(step=step, metrics=dict(metrics or {}), metadata=dict(metadata or {}), layout=None)
+    document = None if layout is None else to_document(layout)
+    return Request(step=step, metrics=dict(metrics or {}), metadata=dict(metadata or {}), layout=document)
 
 
 def _first_line(error: BaseException) -> str:
@@ -269,8 +296,8 @@ class Checkpointer:
     ) -> None:
         if every < 1 or (keep_last is not None and keep_last < 1):
             raise InvalidInputError(f"every and keep_last must be at least 1, found {every} and {keep_last}")
-        self._every, self._keep_last, self._background, self._layout = every, keep_last, background, layout
-        self._run = Run(url, group=process_group, options=options, storage_options=storage_options)
+        self._every, self._background, self._layout = every, background, layout
+        self._run = Run(url, group=process_group, options=options, storage_options=storage_options, keep_last=keep_last)
 
     def restore(self, state: State, *, strict: bool = True, rename: Rename = None) -> int | None:
         """Load the newest complete checkpoint into `state`; its step, or None when the run has none. All ranks call."""
@@ -297,30 +324,14 @@ class Checkpointer:
             pending = self._run.async_save(state, request, self._layout)
         else:
             pending = PendingSave.done_with(self._run.save(state, request, self._layout))
-        self._apply_retention(step)
         return pending
 
     def close(self) -> None:
-        """Wait for the save on its way, apply retention, let go of everything. May be called twice."""
-        try:
-            self._run.check()
-            self._apply_retention(None)
-        finally:
-            self._run.close()
+        """Wait for the save on its way and let go of everything. May be called twice."""
+        self._run.close()
 
     def __enter__(self) -> Checkpointer:
         return self
 
     def __exit__(self, *_: object) -> None:
         self.close()
-
-    def _apply_retention(self, saving: int | None) -> None:
-        """Rank 0 forgets and removes what the policy no longer keeps; the step being saved is not complete yet."""
-        if self._keep_last is None or self._run.world.rank != 0:
-            return
-        del saving
-        steps = find.steps(self._run.store)
-        old = steps[: -self._keep_last]
-        if old:
-            retention.forget(self._run.store, old)
-            gc.remove_forgotten(self._run.store, old, options=self._run.options)

@@ -30,6 +30,11 @@ class Options:
     read_bytes_max: int = 16 * MIB  # one read
     read_gap_bytes_max: int = 16 * KIB  # two ranges nearer than this are read as one
     read_threads: int = 4
+    exchange: str = (
+        "auto"  # ranks that load share their reads: "auto" (when it saves over 2 % of the bytes), "always", "never"
+    )
+    exchange_ranks_max: int = 64  # larger worlds read alone
+    exchange_round_bytes: int = 128 * MIB  # per rank and round
     part_bytes: int = 16 * MIB  # one part of a multipart upload
     store_threads: int = 8  # requests in flight to an object store
     store_attempts: int = 5  # tries of one request to an object store
@@ -42,8 +47,10 @@ class Options:
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):
             value = getattr(self, field.name)
-            if not isinstance(value, bool) and value <= 0:
+            if not isinstance(value, bool | str) and value <= 0:
                 raise InvalidInputError(f"option `{field.name}` must be positive, found {value}")
+        if self.exchange not in ("auto", "always", "never"):
+            raise InvalidInputError(f"option `exchange` must be auto, always or never, found {self.exchange!r}")
 
 
 def from_environment(base: Options | None = None, **changes: object) -> Options:
@@ -82,4 +89,6 @@ TENSOR_NAME_BYTES_MAX = 1024  # UTF-8
 OBJECT_BYTES_MAX = 256 * MIB
 OBJECT_DEPTH_MAX = 100  # containers within containers in one typed tree
 OBJECT_NODES_MAX = 16 * 1024 * 1024  # values in one typed tree
-LEFT_SAMPLES_MAX = 1 << 27  # samples by which the data-parallel ranks of an elastic sampler may be apart, all ranks together
+LEFT_SAMPLES_MAX = (
+    1 << 27
+)  # samples by which the data-parallel ranks of an elastic sampler may be apart, all ranks together

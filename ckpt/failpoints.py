@@ -1,7 +1,7 @@
 """Named places where a test can kill, fail or delay a process.
 
-In: the name of the place, and the environment, read here only and at call time. Out: nothing. Does nothing at all unless
-`CKPT_FAILPOINT` is set, and never anything else than what it says:
+In: the name of the place, and the environment, read here only and at call time. Out: nothing. Does nothing at all
+unless `CKPT_FAILPOINT` is set, and never anything else than what it says:
 
     CKPT_FAILPOINT=commit.before-manifest:kill          SIGKILL to this process when it gets there
     CKPT_FAILPOINT=commit.before-manifest:error         raise FailpointError

@@ -29,7 +29,10 @@ cmake -S . -B "$build" "${generator[@]}" -DCKPT_IN_PLACE=ON -DPython_EXECUTABLE=
 cmake --build "$build" --parallel "${CKPT_BUILD_JOBS:-2}" >>"$log" 2>&1 || { cat "$log" >&2; exit 1; }
 cmake --install "$build" >>"$log" 2>&1 || { cat "$log" >&2; exit 1; }
 
-PYTHONPATH=$PWD "$python" -c '
-from ckpt import kernels
-info = kernels.kernel_info()
-print("native core: crc32c kernel {crc32c}, {compiler}, {build_type}".format(**info))'
+# The module alone: the rest of the tree may be in the middle of a change.
+"$python" -c '
+import importlib.util, sys
+spec = importlib.util.spec_from_file_location("_native", sys.argv[1])
+native = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(native)
+print("native core: {compiler}, {build_type}".format(**native.build_info()))' ckpt/kernels/_native."$tag".so

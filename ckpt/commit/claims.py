@@ -7,14 +7,14 @@ In: a store without conditional writes. Out: permission for at most one attempt,
     c. another live claim, or a manifest: remove the own claim and give up
     d. go on, unless a-c and what follows took longer than half a claim's life
 
-At most one attempt goes on. Say A and B both did. A listed without seeing B, so A's list came before B's put; B listed without
-seeing A, so B's list came before A's put. With each one's put before its own list that gives put A < list A < put B < list B <
-put A, a contradiction. (The store must show a finished put in the next list, as S3 and all its heirs promise.) Both may give
-up; then nothing is published and the save says so.
+At most one attempt goes on. Say A and B both did. A listed without seeing B, so A's list came before B's put; B listed
+without seeing A, so B's list came before A's put. With each one's put before its own list that gives put A < list A <
+put B < list B < put A, a contradiction. (The store must show a finished put in the next list, as S3 and all its heirs
+promise.) Both may give up; then nothing is published and the save says so.
 
-A claim dies when its attempt is marked as aborted, or when it is older than `claim_ttl_s` by the store's own clock: the age is
-the difference to the time stamp of the own claim in the same listing. What stays open is a committer that sleeps for longer
-than half a claim's life between its last look and its put; that is why the rule is called the weaker one.
+A claim dies when its attempt is marked as aborted, or when it is older than `claim_ttl_s` by the store's own clock: the
+age is the difference to the time stamp of the own claim in the same listing. What stays open is a committer that sleeps
+for longer than half a claim's life between its last look and its put; that is why the rule is called the weaker one.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """The names of everything in a run folder, and their strict parsing.
 
-In: steps, attempts, ranks. Out: keys, or None for a name that is not one of ours. Pure. Never guesses: a name that would not
-be written by this module is not read by it.
+In: steps, attempts, ranks. Out: keys, or None for a name that is not one of ours. Pure. Never guesses: a name that
+would not be written by this module is not read by it.
 
     step-000000001000/manifest.json                                 the commit point
     step-000000001000/forgotten.json                                what was the manifest, until `gc` or `unforget`
@@ -81,7 +81,8 @@ def claims_prefix(step: int) -> str:
 
 def claim_key(step: int, attempt: str) -> str:
     """Key of the claim of `attempt` on `step`."""
-    return f"{attempt_folder(step, attempt).replace('/', '/claims/')}.json"
+    attempt_folder(step, attempt)  # checks the attempt
+    return f"{claims_prefix(step)}{attempt}.json"
 
 
 def parse_claim(name: str) -> str | None:

@@ -1,7 +1,7 @@
 """Make one attempt the checkpoint of its step, once, or make sure that it never will be.
 
-In: a store, and a manifest made elsewhere (JSON with at least `attempt`). Out: the manifest in place, or an error that says
-what is known. Never touches data, never replaces a manifest, never says "failed" about what may have landed.
+In: a store, and a manifest made elsewhere (JSON with at least `attempt`). Out: the manifest in place, or an error that
+says what is known. Never touches data, never replaces a manifest, never says "failed" about what may have landed.
 
 The save, in durable order (docs/explanation/commit.md has the reasons, tests/commit one crash test for each number):
 
@@ -44,8 +44,8 @@ def publish(
     Raises:
         AlreadyExistsError: another attempt has the step, or (`held`) is about to. Nothing was published.
         RankFailedError: `aborted`: this attempt was marked as dead, by `gc` for instance. Nothing was published.
-        StoreError: nothing was published, except for the kind `outcome-unknown`: the store went away between the question
-            and the answer. Do not `abort` then; the next look at the step tells.
+        StoreError: nothing was published, except for the kind `outcome-unknown`: the store went away between the
+            question and the answer. Do not `abort` then; the next look at the step tells.
     """
     if attempt_of(manifest) != attempt:
         raise AssertionError("the manifest names another attempt")
@@ -81,8 +81,7 @@ def await_outcome(
         AlreadyExistsError: another attempt is the checkpoint of this step.
         RankFailedError: `aborted` with the committer's reason; `outcome-unknown` after `timeout_s`.
     """
-    waited_s = 0.0
-    for waited_s in looks(timeout_s, options=options, clock=clock):
+    for _ in looks(timeout_s, options=options, clock=clock):
         winner = published_attempt(store, step)
         if winner is not None and winner != attempt:
             raise _exists_error(store, step)
@@ -90,9 +89,9 @@ def await_outcome(
         if winner == attempt:
             return
     raise RankFailedError(
-        f"no outcome of step {step} (attempt {attempt}) in {store.url} after {waited_s:.1f} s: the committer is missing",
+        f"no outcome of step {step} (attempt {attempt}) after {timeout_s:.1f} s: the committer is missing",
         kind="outcome-unknown",
-        hints=(f"`ckpt ls` shows whether step {step} is complete; the step before it is untouched",),
+        hints=(f"`ckpt ls {store.url}` shows whether step {step} is complete; the step before it is untouched",),
     )
 
 
@@ -135,7 +134,7 @@ def refuse_existing_other(store: Store, step: int, attempt: str) -> None:
 
 
 def _create(store: Store, step: int, attempt: str, manifest: bytes) -> None:
-    """Step 6 with conditional writes. `Store.create` has resolved refusals by reading back; a lost answer is read here."""
+    """Step 6 with conditional writes. `Store.create` has read back after a refusal; a lost answer is resolved here."""
     try:
         store.create(names.manifest_key(step), manifest)
     except AlreadyExistsError:
@@ -153,6 +152,8 @@ def _put_under_claim(store: Store, step: int, attempt: str, manifest: bytes, cla
     try:
         store.put(names.manifest_key(step), manifest)
     except StoreError as error:
+        if error.kind != "unreachable":
+            claim.release()
         _resolve_lost_answer(store, step, attempt, error)
     refuse_existing_other(store, step, attempt)
     claim.release()
@@ -162,11 +163,7 @@ def _resolve_lost_answer(store: Store, step: int, attempt: str, error: StoreErro
     """Return when the manifest is ours in spite of `error`; raise what is known when not."""
     if error.kind != "unreachable":
         raise error  # refused, or a failed sync: whether it shows or not, it is not durable
-    unknown = StoreError(
-        f"the store went away while step {step} was being published: it may be complete or not ({error.message})",
-        kind="outcome-unknown",
-        hints=(f"`ckpt ls` shows whether step {step} is complete; the step before it is untouched",),
-    )
+    unknown = _unknown_error(step, error)
     try:
         winner = published_attempt(store, step)
     except StoreError:
@@ -186,13 +183,24 @@ def _refuse_aborted(store: Store, step: int, attempt: str) -> None:
 def _withdraw_if_aborted(store: Store, step: int, attempt: str) -> None:
     """Fence a committer that slept past gc's grace time.
 
-    gc marks an attempt as aborted and then looks for its manifest; we create the manifest and then look for the mark. So at
-    least one of the two sees the other: gc keeps the data, or we take back a manifest whose data may be gone.
+    gc marks an attempt as aborted and then looks for its manifest; we create the manifest and then look for the mark.
+    So at least one of the two sees the other: gc keeps the data, or we take back a manifest whose data may be gone.
     """
-    reason = abort_reason(store, step, attempt)
+    try:
+        reason = abort_reason(store, step, attempt)
+    except StoreError as error:
+        raise _unknown_error(step, error) from error
     if reason is not None:
         store.delete([names.manifest_key(step)])
         raise RankFailedError(f"step {step} was aborted while it was being published: {reason}", kind="aborted")
+
+
+def _unknown_error(step: int, error: StoreError) -> StoreError:
+    return StoreError(
+        f"the store went away while step {step} was being published: it may be complete or not ({error.message})",
+        kind="outcome-unknown",
+        hints=(f"`ckpt ls` shows whether step {step} is complete; the step before it is untouched",),
+    )
 
 
 def _exists_error(store: Store, step: int) -> AlreadyExistsError:

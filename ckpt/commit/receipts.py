@@ -56,15 +56,14 @@ def collect_receipts(
     """
     wanted = set(range(world) if ranks is None else ranks)
     found: dict[int, bytes] = {}
-    waited_s = 0.0
-    for waited_s in looks(timeout_s, options=options, clock=clock):
+    for _ in looks(timeout_s, options=options, clock=clock):
         _collect_new(store, step, attempt, world, wanted, found, options)
         if len(found) == len(wanted):
             failpoints.hit("commit.receipts-complete")
             return dict(sorted(found.items()))
     missing = sorted(wanted - set(found))
     raise RankFailedError(
-        f"no receipt for step {step} from {_rank_list(missing)} of {len(wanted)} after {waited_s:.1f} s",
+        f"no receipt for step {step} from {_rank_list(missing)} of {len(wanted)} after {timeout_s:.1f} s",
         kind="rank-missing",
         hints=("see whether these ranks are alive, or whether their writes are slower than `commit_timeout_s`",),
     )

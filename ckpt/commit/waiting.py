@@ -36,10 +36,10 @@ SYSTEM_CLOCK = SystemClock()
 
 
 def looks(timeout_s: float, *, options: Options, clock: Clock) -> Iterator[float]:
-    """Yield the seconds waited so far, at once, then after growing pauses, and a last time at the deadline.
+    """Yield the seconds waited so far: at once, then after growing pauses, and a last time at the deadline.
 
-    Pauses grow by half from `poll_start_s` to `poll_max_s`: a committer sees a prompt rank within milliseconds, and a slow
-    one does not cost the store more than a few requests a second.
+    Pauses grow by half from `poll_start_s` to `poll_max_s`: a committer sees a prompt rank within milliseconds, and a
+    slow one does not cost the store more than a few requests a second.
     """
     start_s = clock.monotonic_s()
     pause_s = options.poll_start_s

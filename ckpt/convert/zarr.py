@@ -17,7 +17,7 @@ import math
 import os
 import threading
 from collections.abc import AsyncIterator, Iterable, Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -44,7 +44,7 @@ _BITS = {1: "uint8", 2: "uint16", 4: "uint32", 8: "uint64"}
 def zarr_store(
     url: str | os.PathLike[str],
     *,
-    step: int | str | None = None,
+    step: int | Literal["latest"] | None = None,
     chunk_bytes: int = CHUNK_BYTES,
     options: Options | None = None,
     storage_options: Mapping[str, Any] | None = None,
@@ -74,7 +74,9 @@ class CheckpointZarr(Store):
     def __init__(self, stored: StoredCheckpoint, *, chunk_bytes: int = CHUNK_BYTES) -> None:
         super().__init__(read_only=True)
         self._stored, self._chunk_bytes = stored, chunk_bytes
-        self._arrays = dict(zip(array_paths([spec.name for spec in stored.specs]), range(len(stored.specs)), strict=True))
+        self._arrays = dict(
+            zip(array_paths([spec.name for spec in stored.specs]), range(len(stored.specs)), strict=True)
+        )
         self._children = _children(self._arrays)
         self._fragments = _Fragments(stored)
 
@@ -111,9 +113,7 @@ class CheckpointZarr(Store):
 
     # ----------------------------------------------------------------------------------------------------------- reading
 
-    async def get(
-        self, key: str, prototype: BufferPrototype, byte_range: ByteRequest | None = None
-    ) -> Buffer | None:
+    async def get(self, key: str, prototype: BufferPrototype, byte_range: ByteRequest | None = None) -> Buffer | None:
         # In a thread: a read waits for the store, and zarr asks for many chunks at once on one event loop.
         data = await asyncio.to_thread(self._read, key)
         if data is None:

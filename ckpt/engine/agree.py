@@ -45,7 +45,9 @@ def agree(
     body = np.empty(0, RECORD) if records is None else records
     answers = world.all_gather(np.concatenate([header.view(np.uint8), text, body.view(np.uint8)]))
     headers = [np.frombuffer(a[: _HEADER.itemsize].tobytes(), _HEADER)[0] for a in answers]
-    texts = [bytes(a[_HEADER.itemsize :][: int(h["error_bytes"])]).decode() for a, h in zip(answers, headers, strict=True)]
+    texts = [
+        bytes(a[_HEADER.itemsize :][: int(h["error_bytes"])]).decode() for a, h in zip(answers, headers, strict=True)
+    ]
     _raise_failures(texts, error)
     _raise_differences("step", [int(h["step"]) for h in headers])
     _raise_differences("checkpoint URL (hash)", [f"{int(h['target']):016x}" for h in headers])

@@ -15,10 +15,11 @@ from typing import Any
 
 import numpy as np
 
+from ckpt.engine.exchange import read_together
 from ckpt.engine.read import Progress
 from ckpt.engine.reader import StoredCheckpoint, ids_of
 from ckpt.engine.structure import layout_digest
-from ckpt.engine.world import World
+from ckpt.engine.world import World, raise_together
 from ckpt.errors import CheckpointError, MismatchError, RankFailedError
 from ckpt.format.spec import LocalState, PieceTable, TensorSpec
 from ckpt.layout.layout import Layout
@@ -38,6 +39,7 @@ class Loaded:
     num_tensors: int  # filled on this rank
     wanted_nbytes: int
     read_nbytes: int  # from the images, checksum blocks and gaps included
+    exchanged: bool  # whether ranks read for each other
     index_nbytes: int
     missing: tuple[str, ...]  # wanted, not in the checkpoint; only with strict=False
     extra: tuple[str, ...]  # in the checkpoint, wanted by no rank; only with strict=False
@@ -90,23 +92,26 @@ def load_state(
     saved = _saved_world(stored, aim.local, world)
     planned = time.perf_counter()
     error = None
-    wanted = read = 0
     try:
         pieces = _wanted_pieces(aim.local, match.ids)
         objects = {name: _object_rows(stored, name) for name in aim.wants_objects if name not in match.missing_objects}
         aim.check(objects, saved)
-        plan = stored.read_pieces(pieces, progress=progress)
-        wanted, read = plan.wanted_nbytes, plan.read_nbytes
+    except CheckpointError as problem:
+        error = problem
+    raise_together(world, error, "before anything changed")
+    done_bytes = read_together(stored, pieces, world, progress=progress)
+    try:
         aim.restore(objects, saved)
     except CheckpointError as problem:
         error = problem
-    _raise_together(world, error)
+    raise_together(world, error, "the state is partly changed: load again")
     done = time.perf_counter()
     return Loaded(
         step=stored.step,
         num_tensors=sum(i >= 0 for i in match.ids),
-        wanted_nbytes=wanted,
-        read_nbytes=read,
+        wanted_nbytes=done_bytes.wanted,
+        read_nbytes=done_bytes.read,
+        exchanged=done_bytes.exchanged,
         index_nbytes=stored.index_nbytes,
         missing=tuple(missing),
         extra=tuple(extra),
@@ -240,18 +245,7 @@ def _object_rows(stored: StoredCheckpoint, name: str) -> list[StoredObjectRow]:
 
 def _saved_world(stored: StoredCheckpoint, local: LocalState, world: World) -> SavedWorld:
     """Whether every rank holds the parameters that the rank of its number held: all ranks are asked."""
-    writers = stored.manifest.writers
-    same = len(writers) == world.size and writers[world.rank].layout == layout_digest(local)
+    layouts = stored.manifest.layouts_by_rank
+    same = len(layouts) == world.size and layouts[world.rank] == layout_digest(local)
     answers = world.all_gather(np.array([same], np.uint8))
     return SavedWorld(world=stored.manifest.world, same_layout=all(bool(answer[0]) for answer in answers))
-
-
-def _raise_together(world: World, error: CheckpointError | None) -> None:
-    """No rank goes on with a state that another could not load."""
-    text = error.message if error is not None else ""
-    answers = world.all_gather(np.frombuffer(text.encode(), np.uint8))
-    if error is not None:
-        raise error
-    failed = [f"rank {rank}: {a.tobytes().decode()}" for rank, a in enumerate(answers) if len(a)]
-    if failed:
-        raise RankFailedError("the load failed; " + "; ".join(failed), hints=("load again: the state is partly changed",))

@@ -71,9 +71,7 @@ def make_program(
         keep = np.ones(len(layout.rows), bool)
         keep[crossing] = False
         cut = [_cut_at_chunks([column[row] for column in table], chunk_bytes) for row in crossing]
-        table = [
-            np.concatenate([column[keep], *(part[i] for part in cut)]) for i, column in enumerate(table)
-        ]
+        table = [np.concatenate([column[keep], *(part[i] for part in cut)]) for i, column in enumerate(table)]
         order = np.argsort(table[-1], kind="stable")
         table = [column[order] for column in table]
     num_chunks = max(1, -(-layout.total_bytes // chunk_bytes))
@@ -108,7 +106,9 @@ def _cut_at_chunks(row: list[NDArray[np.int64]], chunk_bytes: int) -> list[NDArr
     positions: list[int] = []
     for low, high in zip(edges, edges[1:], strict=False):
         at = low
-        for box in boxes_of_flat_range(lengths.tolist(), (low - first) // int(itemsize), (high - first) // int(itemsize)):
+        for box in boxes_of_flat_range(
+            lengths.tolist(), (low - first) // int(itemsize), (high - first) // int(itemsize)
+        ):
             offsets.append(box.offsets)
             sizes.append(box.lengths)
             positions.append(at)

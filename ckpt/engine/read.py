@@ -102,7 +102,7 @@ def _read_chunk(job: ReadJob, chunk: int, buffer: NDArray[np.uint8]) -> list[Dam
     key = job.keys[int(plan.writer[chunk])]
     data = buffer[: stop - start]
     try:
-        job.store.read_into(key, start, memoryview(data))
+        job.store.read_into(key, start, data.data)
     except (DamagedError, NotFoundError) as error:  # an image that a manifest names and that is gone is damage
         tensor = _tensor(job, int(plan.block_fragment[plan.block_starts[chunk]]))
         message = f"tensor `{tensor}` is damaged: bytes [{start}, {stop}) of `{key}`: {error.message}"

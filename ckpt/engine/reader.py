@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import secrets
 from collections.abc import Sequence
+from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -31,7 +32,7 @@ from ckpt.store.base import Store
 class StoredCheckpoint:
     """A complete checkpoint. `step` and `manifest` are known; the index is read when it is first needed."""
 
-    def __init__(self, store: Store, step: int | str, options: Options) -> None:
+    def __init__(self, store: Store, step: int | Literal["latest"], options: Options) -> None:
         self.store, self.options = store, options
         self.step: int = resolve(store, step)
         key = names.manifest_key(self.step)
@@ -53,7 +54,8 @@ class StoredCheckpoint:
         found = self.manifest
         records = (found.tensors, found.fragments, found.objects)
         expected = [index.TENSORS_FILE, index.FRAGMENTS_FILE, index.OBJECTS_FILE]
-        images = [(rank, names.image_name(rank, found.world)) for rank in range(found.world)]
+        num_writers = len(found.writers)
+        images = [(rank, names.image_name(rank, num_writers)) for rank in range(num_writers)]
         if [record.file for record in records] != expected or [(w.rank, w.file) for w in found.writers] != images:
             raise DamagedError(f"the manifest of step {self.step} names files that are not its own", kind="bad-names")
 
@@ -80,7 +82,13 @@ class StoredCheckpoint:
     def objects(self) -> list[ObjectRow]:
         """All objects of all ranks."""
         if self._objects is None:
-            self._objects = index.unpack_objects(self._file(self.manifest.objects), name=self._key(self.manifest.objects))
+            self._objects = index.unpack_objects(
+                self._file(self.manifest.objects), name=self._key(self.manifest.objects)
+            )
+            odd = [row for row in self._objects if not 0 <= row.rank < self.manifest.world]
+            if odd:
+                self._objects = None
+                raise DamagedError(f"object `{odd[0].name}` is of rank {odd[0].rank}, expected 0 to {self.manifest.world - 1}")
         return self._objects
 
     def fragments(self, tensors: NDArray[np.integer] | None = None) -> index.FragmentTable:
@@ -113,7 +121,9 @@ class StoredCheckpoint:
             bad = (table.offsets < headers[table.writer]) | (table.offsets > sizes[table.writer] - table.nbytes)
         if bad.any():
             name = self.specs[int(table.boxes.tensor[np.argmax(bad)])].name
-            raise DamagedError(f"the index of step {self.step} is damaged: a fragment of `{name}` lies outside its image")
+            raise DamagedError(
+                f"the index of step {self.step} is damaged: a fragment of `{name}` lies outside its image"
+            )
 
     def plan(self, fragments: index.FragmentTable, pieces: PieceTable) -> ReadPlan:
         """The reads that fill `pieces` (tensor numbers are ids). DamagedError when an element is stored nowhere."""
@@ -152,10 +162,13 @@ class StoredCheckpoint:
 
     def read_object(self, row: ObjectRow) -> bytes:
         """One object's bytes, verified."""
-        writer = self.manifest.writers[row.rank] if 0 <= row.rank < len(self.manifest.writers) else None
+        writer = self.manifest.writers[row.writer] if 0 <= row.writer < len(self.manifest.writers) else None
         if row.nbytes > OBJECT_BYTES_MAX + OBJECT_SLOT_BYTES:
             raise DamagedError(f"object `{row.name}` of rank {row.rank} is damaged: {row.nbytes} bytes are too many")
-        if writer is None or not writer.header_bytes <= row.byte_offset <= row.byte_offset + row.nbytes <= writer.nbytes:
+        if (
+            writer is None
+            or not writer.header_bytes <= row.byte_offset <= row.byte_offset + row.nbytes <= writer.nbytes
+        ):
             raise DamagedError(f"object `{row.name}` of rank {row.rank} lies outside its image")
         key = f"{self.folder}/{writer.file}"
         try:

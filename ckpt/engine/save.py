@@ -10,10 +10,9 @@ from __future__ import annotations
 import dataclasses
 import logging
 import mmap
-import queue
-import threading
 import time
 from collections import deque
+from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any
@@ -79,7 +78,7 @@ class _Planned:
 
 
 @dataclass(kw_only=True)
-class _Attempt:
+class Attempt:
     """One save on its way. Owned by one thread at a time: staged by the trainer, then handed to whoever finishes it."""
 
     request: Request
@@ -91,6 +90,7 @@ class _Attempt:
     objects: list[receipt.ObjectRow]
     block_bytes: int
     layout_digest: str
+    describe: Callable[[], dict[str, Any] | None]
     changed: bool
     staged: NDArray[np.uint8] | None
     seconds: dict[str, float]
@@ -118,7 +118,7 @@ class SaveSession:
         """
         return self.finish(self._prepare(local, request, error))
 
-    def stage(self, local: LocalState, request: Request, error: BaseException | None = None) -> _Attempt:
+    def stage(self, local: LocalState, request: Request, error: BaseException | None = None) -> Attempt:
         """Copy `local` into this session's image; afterwards the state may change. All ranks call; then `finish`."""
         attempt = self._prepare(local, request, error)
         start = time.perf_counter()
@@ -132,7 +132,7 @@ class SaveSession:
         attempt.seconds["stage"] = time.perf_counter() - start
         return attempt
 
-    def finish(self, attempt: _Attempt) -> Saved:
+    def finish(self, attempt: Attempt) -> Saved:
         """Write, leave the receipt and wait for the outcome. No collective call. The steps are those of DESIGN 5.5."""
         start = time.perf_counter()
         step = attempt.request.step
@@ -151,7 +151,9 @@ class SaveSession:
             if isinstance(error, Exception):
                 self._report(step, attempt.id, error)
             raise
-        attempt.seconds["total"] = sum(attempt.seconds.get(k, 0.0) for k in ("plan", "stage")) + time.perf_counter() - start
+        attempt.seconds["total"] = (
+            sum(attempt.seconds.get(k, 0.0) for k in ("plan", "stage")) + time.perf_counter() - start
+        )
         self._sent = attempt.image_digest
         if changed:
             self._planned = None
@@ -159,7 +161,7 @@ class SaveSession:
 
     # planning
 
-    def _prepare(self, local: LocalState, request: Request, error: BaseException | None) -> _Attempt:
+    def _prepare(self, local: LocalState, request: Request, error: BaseException | None) -> Attempt:
         start = time.perf_counter()
         if error is not None and self._planned is not None:
             self._fail_without_state(request.step, error)
@@ -181,7 +183,7 @@ class SaveSession:
             header_bytes=len(layout.header),
             header_crc32c=crc32c(layout.header),
         )
-        return _Attempt(
+        return Attempt(
             request=request,
             id=self._attempt_id,
             packer=Packer(program, local.pieces, payloads, threads=self._options.copy_threads),
@@ -191,6 +193,7 @@ class SaveSession:
             objects=self._object_rows(local, payloads, program),
             block_bytes=planned.block_bytes,
             layout_digest=planned.layout_digest,
+            describe=local.describe,
             changed=changed,
             staged=None,
             seconds={"plan": time.perf_counter() - start},
@@ -246,7 +249,14 @@ class SaveSession:
         offsets[: len(kept), :width] = old.rows.offsets[kept, :width]
         lengths[: len(kept), :width] = old.rows.lengths[kept, :width]
         rows = BoxTable(tensor=local.pieces.boxes.tensor[pieces], offsets=offsets, lengths=lengths)
-        return dataclasses.replace(old, structure=structure_digest(local), layout_digest=layout_digest(local), keys=keys, rows=rows, piece_of_row=pieces)
+        return dataclasses.replace(
+            old,
+            structure=structure_digest(local),
+            layout_digest=layout_digest(local),
+            keys=keys,
+            rows=rows,
+            piece_of_row=pieces,
+        )
 
     def _program_for(self, local: LocalState, planned: _Planned, payloads: list[bytes]) -> PackProgram:
         objects = [(obj.name, len(data)) for obj, data in zip(local.objects, payloads, strict=True)]
@@ -270,6 +280,7 @@ class SaveSession:
                 name=obj.name,
                 kind=obj.kind,
                 rank=self._world.rank,
+                writer=self._world.rank,
                 dp_rank=obj.dp_rank,
                 dp_size=obj.dp_size,
                 digest=sha256(data),
@@ -281,7 +292,7 @@ class SaveSession:
 
     # writing
 
-    def _write_image(self, attempt: _Attempt) -> None:
+    def _write_image(self, attempt: Attempt) -> None:
         key = f"{names.attempt_folder(attempt.request.step, attempt.id)}/{self._file_name}"
         writer = self._store.open_writer(key, nbytes=attempt.program.layout.total_bytes)
         try:
@@ -295,19 +306,19 @@ class SaveSession:
             writer.abort()
             raise
 
-    def _write_staged(self, attempt: _Attempt, image: NDArray[np.uint8], writer: Any) -> None:
+    def _write_staged(self, attempt: Attempt, image: NDArray[np.uint8], writer: Any) -> None:
         with ThreadPoolExecutor(1, thread_name_prefix="ckpt-write") as pool:
             pending: deque[Future[None]] = deque()
             for chunk in range(attempt.program.num_chunks):
                 low, high = attempt.program.chunk_range(chunk)
                 if len(pending) >= self._options.write_buffers:
                     pending.popleft().result()
-                pending.append(pool.submit(writer.write, memoryview(image[low:high])))
+                pending.append(pool.submit(writer.write, image[low:high].data))
                 attempt.packer.checksum(chunk, image[low:high])
             for future in pending:
                 future.result()
 
-    def _write_through_buffers(self, attempt: _Attempt, writer: Any) -> None:
+    def _write_through_buffers(self, attempt: Attempt, writer: Any) -> None:
         """Fill one buffer while another is written: the host never holds more than `write_buffers` chunks."""
         while len(self._buffers) < min(self._options.write_buffers, attempt.program.num_chunks):
             self._buffers.append(allocate(self._options.chunk_bytes))
@@ -323,7 +334,7 @@ class SaveSession:
                 low, high = attempt.program.chunk_range(chunk)
                 attempt.packer.fill(chunk, buffer)
                 attempt.packer.checksum(chunk, buffer)
-                pending.append((pool.submit(writer.write, memoryview(buffer[: high - low])), buffer))
+                pending.append((pool.submit(writer.write, buffer[: high - low].data), buffer))
                 failpoints.hit("save.in-image")
             for future, _ in pending:
                 future.result()
@@ -332,7 +343,7 @@ class SaveSession:
     def _file_name(self) -> str:
         return names.image_name(self._world.rank, self._world.size)
 
-    def _receipt(self, attempt: _Attempt) -> receipt.Receipt:
+    def _receipt(self, attempt: Attempt) -> receipt.Receipt:
         return receipt.Receipt(
             rank=self._world.rank,
             world=self._world.size,
@@ -345,12 +356,16 @@ class SaveSession:
             checksums=attempt.packer.checksums,
             objects=attempt.objects,
             image=attempt.image if self._sent != attempt.image_digest else None,
-            extra={"structure_changed": attempt.changed, "layout": attempt.layout_digest},
+            extra={
+                "structure_changed": attempt.changed,
+                "layout": attempt.layout_digest,
+                "tensors": attempt.describe() if self._sent != attempt.image_digest else None,
+            },
         )
 
     # the outcome
 
-    def _commit(self, attempt: _Attempt) -> bool:
+    def _commit(self, attempt: Attempt) -> bool:
         """Rank 0: wait for all receipts, write the index, publish. Returns whether a structure changed."""
         start = time.perf_counter()
         step = attempt.request.step
@@ -376,7 +391,7 @@ class SaveSession:
         attempt.seconds["commit"] = time.perf_counter() - start
         return assembled.manifest.structure_changed
 
-    def _await(self, attempt: _Attempt) -> bool:
+    def _await(self, attempt: Attempt) -> bool:
         start = time.perf_counter()
         step, options = attempt.request.step, self._options
         timeout_s = options.commit_timeout_s + options.outcome_grace_s
@@ -431,58 +446,3 @@ def _described(specs: list[TensorSpec], differing: list[str]) -> str:
     text = " ".join(differing)
     found = [f"`{s.name}` {s.dtype} {list(s.shape)} {s.role}" for s in specs if f"`{s.name}`" in text]
     return ", ".join(found[:20]) or "none of them"
-
-
-class PendingSave:
-    """A save that goes on in the background. `wait()` or `done()` from any thread."""
-
-    def __init__(self, step: int, future: Future[Saved]) -> None:
-        self.step = step
-        self._future = future
-
-    @staticmethod
-    def done_with(saved: Saved) -> PendingSave:
-        """A save that is over already."""
-        future: Future[Saved] = Future()
-        future.set_result(saved)
-        return PendingSave(saved.step, future)
-
-    def done(self) -> bool:
-        """True when the outcome is known."""
-        return self._future.done()
-
-    def wait(self, timeout_s: float | None = None) -> Saved:
-        """Return when the checkpoint is durable; raise what stopped it. TimeoutError after `timeout_s` seconds."""
-        return self._future.result(timeout_s)
-
-
-class Background:
-    """One worker thread that finishes saves in order. Owned by the session's user; `close` may be called twice."""
-
-    def __init__(self) -> None:
-        self._tasks: queue.SimpleQueue[tuple[Future[Saved], Any] | None] = queue.SimpleQueue()
-        self._thread: threading.Thread | None = None
-
-    def submit(self, task: Any) -> Future[Saved]:
-        """Run `task()` after all earlier ones."""
-        if self._thread is None:
-            self._thread = threading.Thread(target=self._run, name="ckpt-save", daemon=True)
-            self._thread.start()
-        future: Future[Saved] = Future()
-        self._tasks.put((future, task))
-        return future
-
-    def close(self, timeout_s: float | None = None) -> None:
-        """Finish what was submitted and stop the thread."""
-        if self._thread is not None:
-            self._tasks.put(None)
-            self._thread.join(timeout_s)
-            self._thread = None
-
-    def _run(self) -> None:
-        while (item := self._tasks.get()) is not None:
-            future, task = item
-            try:
-                future.set_result(task())
-            except BaseException as error:  # noqa: BLE001 - handed to whoever waits, nothing is swallowed
-                future.set_exception(error)

@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 from numpy.typing import NDArray
 
-from ckpt.errors import RankFailedError
+from ckpt.errors import CheckpointError, RankFailedError
 
 
 class World(Protocol):
@@ -53,7 +53,9 @@ class TorchWorld:
         timeout = datetime.timedelta(seconds=timeout_s)
         ranks = dist.get_process_group_ranks(group) if group is not None else None
         # use_local_synchronization: only the members call, so that a sub-group can save by itself.
-        self._group = dist.new_group(ranks, timeout=timeout, backend="gloo", use_local_synchronization=group is not None)
+        self._group = dist.new_group(
+            ranks, timeout=timeout, backend="gloo", use_local_synchronization=group is not None
+        )
 
     def all_gather(self, data: NDArray[np.uint8]) -> list[NDArray[np.uint8]]:
         size = torch.tensor([len(data)], dtype=torch.int64)
@@ -61,7 +63,7 @@ class TorchWorld:
         self._wait(dist.all_gather(sizes, size, group=self._group, async_op=True))
         longest = max(int(n) for n in sizes)
         padded = torch.zeros(longest, dtype=torch.uint8)
-        padded[: len(data)] = torch.from_numpy(np.ascontiguousarray(data))
+        padded[: len(data)] = torch.from_numpy(np.array(data))  # a copy: the caller's may be read-only
         out = [torch.empty(longest, dtype=torch.uint8) for _ in range(self.size)]
         if longest:
             self._wait(dist.all_gather(out, padded, group=self._group, async_op=True))
@@ -70,9 +72,7 @@ class TorchWorld:
     def all_to_all(self, parts: list[NDArray[np.uint8]], sizes: list[int]) -> list[NDArray[np.uint8]]:
         send = torch.from_numpy(np.concatenate(parts))
         out = torch.empty(sum(sizes), dtype=torch.uint8)
-        work = dist.all_to_all_single(
-            out, send, sizes, [len(part) for part in parts], group=self._group, async_op=True
-        )
+        work = dist.all_to_all_single(out, send, sizes, [len(part) for part in parts], group=self._group, async_op=True)
         self._wait(work)
         return np.split(out.numpy(), np.cumsum(sizes)[:-1])
 
@@ -84,7 +84,9 @@ class TorchWorld:
             raise RankFailedError(
                 f"rank {self.rank} of {self.size} waited for the other ranks for up to {self._timeout_s:.0f} s: {error}",
                 kind="rank-missing",
-                hints=("every rank must call save or load for the same step; look for the first error in the other ranks",),
+                hints=(
+                    "every rank must call save or load for the same step; look for the first error in the other ranks",
+                ),
             ) from error
 
 
@@ -93,3 +95,18 @@ def current_world(group: dist.ProcessGroup | None, timeout_s: float) -> World:
     if not dist.is_available() or not dist.is_initialized() or dist.get_world_size(group) == 1:
         return AloneWorld()
     return TorchWorld(group, timeout_s)
+
+
+def raise_together(world: World, error: CheckpointError | None, state: str) -> None:
+    """Raise `error` here and RankFailedError on every other rank; nothing when no rank has an error. All ranks call.
+
+    Args:
+        state: what is known of the target, for the message.
+    """
+    text = "" if error is None else error.message
+    answers = world.all_gather(np.frombuffer(text.encode(), np.uint8))
+    if error is not None:
+        raise error
+    failed = [f"rank {rank}: {answer.tobytes().decode()}" for rank, answer in enumerate(answers) if len(answer)]
+    if failed:
+        raise RankFailedError(f"the load failed on other ranks, {state}; {'; '.join(failed)}")

@@ -24,8 +24,8 @@ from ckpt.format.spec import TensorSpec
 from ckpt.layout.box import BoxTable, Int64Array
 
 ALIGN_BYTES = 4096
-OBJECT_SLOT_BYTES = 1024  # an object takes a multiple of this, padded with spaces, so that its growth rarely moves others
-_OBJECT_PREFIX = "object:"
+OBJECT_SLOT_BYTES = 1024  # an object takes a multiple of this, padded with spaces: its growth rarely moves others
+OBJECT_PREFIX = "object:"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,7 +58,7 @@ def lay_out(specs: Sequence[TensorSpec], boxes: BoxTable, objects: Sequence[tupl
     """
     itemsizes = np.array([spec.itemsize for spec in specs], np.int64)[boxes.tensor]
     keys = [boxes.offsets[:, dim] for dim in reversed(range(boxes.num_dims))]
-    order = np.lexsort((*keys, boxes.tensor, -itemsizes)).astype(np.int64)
+    order = np.lexsort([*keys, boxes.tensor.astype(np.int64), -itemsizes]).astype(np.int64)
     rows = boxes.take(order)
     nbytes = rows.volumes() * itemsizes[order]
     ends = np.cumsum(nbytes)
@@ -86,6 +86,17 @@ def fragment_key(spec: TensorSpec, offsets: Sequence[int], lengths: Sequence[int
     return f"{spec.name}@[{','.join(f'{o}:{o + n}' for o, n in zip(offsets, lengths, strict=True))}]"
 
 
+def object_key(name: str, *, rank: int, writer: int) -> str:
+    """The name of an object in an image, without its prefix: the rank stands in it when another rank's image holds it."""
+    return name if rank == writer else f"{name}@{rank}"
+
+
+def header_entry(spec: TensorSpec, lengths: Sequence[int]) -> tuple[str, tuple[int, ...]]:
+    """(safetensors dtype, shape) that the header has for a fragment of these lengths."""
+    code, shape = _stored_as(spec.dtype, list(lengths))
+    return code, tuple(shape)
+
+
 def _header(
     specs: Sequence[TensorSpec],
     rows: BoxTable,
@@ -106,9 +117,11 @@ def _header(
             "data_offsets": [start, end],
         }
     for (name, size), end in zip(objects, object_ends.tolist(), strict=True):
-        entries[_OBJECT_PREFIX + name] = {"dtype": "U8", "shape": [size], "data_offsets": [end - size, end]}
+        entries[OBJECT_PREFIX + name] = {"dtype": "U8", "shape": [size], "data_offsets": [end - size, end]}
     if len(entries) != 1 + len(rows) + len(objects):
-        raise InvalidInputError("two fragments of this rank would have the same name in its image", kind="name-collision")
+        raise InvalidInputError(
+            "two fragments of this rank would have the same name in its image", kind="name-collision"
+        )
     text = json.dumps(entries, ensure_ascii=False, separators=(",", ":")).encode()
     padded = -(-(8 + len(text)) // ALIGN_BYTES) * ALIGN_BYTES - 8
     if padded > HEADER_BYTES_MAX:

@@ -96,6 +96,7 @@ _OBJECT_FIELDS: dict[str, pa.DataType] = {
     "name": pa.string(),
     "kind": pa.string(),
     "rank": pa.int32(),
+    "writer": pa.int32(),
     "dp_rank": pa.int32(),
     "dp_size": pa.int32(),
     "digest": pa.string(),
@@ -275,7 +276,9 @@ def _read(parquet: pq.ParquetFile, groups: Sequence[int], fields: Mapping[str, p
         return table
 
 
-def unpack_tensors(file: VerifiedFile, *, name: str, num_rows: int | None = None) -> tuple[list[TensorSpec], Int64Array]:
+def unpack_tensors(
+    file: VerifiedFile, *, name: str, num_rows: int | None = None
+) -> tuple[list[TensorSpec], Int64Array]:
     """All tensors by id, and [T] how many fragments each has. `num_rows` is what the manifest says."""
     parquet = _open(file, _TENSOR_FIELDS, num_rows, name)
     table = _read(parquet, range(parquet.num_row_groups), _TENSOR_FIELDS, name)
@@ -290,7 +293,9 @@ def unpack_tensors(file: VerifiedFile, *, name: str, num_rows: int | None = None
         raise DamagedError(f"`{name}` is damaged: {error.message}") from error
     names = [spec.name for spec in specs]
     if names != sorted(set(names)) or table["id"].to_pylist() != list(range(len(specs))):
-        raise DamagedError(f"`{name}` is damaged: its names are not sorted and distinct, or its ids are not their places")
+        raise DamagedError(
+            f"`{name}` is damaged: its names are not sorted and distinct, or its ids are not their places"
+        )
     if [spec.nbytes for spec in specs] != columns["nbytes"] or sum(columns["nbytes"]) >= TENSOR_BYTES_MAX:
         raise DamagedError(f"`{name}` is damaged: the sizes of its tensors are not those of their shapes, or cannot be")
     return specs, table["num_fragments"].to_numpy()
@@ -316,7 +321,9 @@ def unpack_objects(file: VerifiedFile, *, name: str) -> list[ObjectRow]:
         raise DamagedError(f"`{name}` is damaged: its rows are not sorted by name and rank, or one stands twice")
     odd = [row for row in rows if row.kind not in OBJECT_KINDS]
     if odd:
-        raise DamagedError(f"`{name}` is damaged: object `{odd[0].name[:200]}` is of kind `{odd[0].kind[:80]}`, which is none")
+        raise DamagedError(
+            f"`{name}` is damaged: object `{odd[0].name[:200]}` is of kind `{odd[0].kind[:80]}`, which is none"
+        )
     return rows
 
 
@@ -383,7 +390,9 @@ def _fragments(table: pa.Table, specs: Sequence[TensorSpec], block_bytes: int, n
     ok &= np.diff(block_starts) == num_blocks(nbytes, block_bytes)
     if not ok.all():
         row = int(np.argmin(ok))
-        raise DamagedError(f"`{name}` is damaged: a fragment of `{specs[tensor[row]].name}` lies outside its tensor or file")
+        raise DamagedError(
+            f"`{name}` is damaged: a fragment of `{specs[tensor[row]].name}` lies outside its tensor or file"
+        )
     return FragmentTable(
         boxes=boxes,
         writer=column("writer").to_numpy(zero_copy_only=False).astype(np.int32),

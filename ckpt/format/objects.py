@@ -34,8 +34,8 @@ def register_codec(
     """Let checkpoints hold values of exactly this class (not of its subclasses).
 
     `to_tree(value)` gives a tree of storable values; `from_tree(tree)` gives an equal value back. Only the tag is
-    stored, so the program that loads must register the same tag. Call it at import time, on every rank; any thread may. A
-    class that is defined again (a notebook cell run twice) replaces its codec; a tag or class taken otherwise is
+    stored, so the program that loads must register the same tag. Call it at import time, on every rank; any thread may.
+    A class that is defined again (a notebook cell run twice) replaces its codec; a tag or class taken otherwise is
     InvalidInputError (`bad-codec`).
 
     Args:

@@ -6,9 +6,9 @@ In: nothing. Out: `TensorSpec`, `PieceTable`, `StoredObject`. Pure. The common v
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import numpy as np
 from numpy.typing import NDArray
@@ -108,6 +108,9 @@ class LocalState:
     pieces: PieceTable  # `boxes.tensor` indexes `specs`
     objects: list[StoredObject]  # sorted by name; empty for a load target
     keep_alive: tuple[object, ...] = ()  # owners of the memory that `pieces` points into
+    describe: Callable[[], dict[str, Any] | None] = lambda: (
+        None
+    )  # how the tensors lie, for the saved layout (JSON values)
 
     @staticmethod
     def empty() -> LocalState:

@@ -1,8 +1,8 @@
 """The face of the native core: n-d box copy and CRC-32C.
 
-In: NumPy columns, addresses and buffers. Out: copied bytes and checksums. The environment variable `CKPT_KERNEL` demands one
-kernel by name (`reference`, `table`, `sse42`, `arm`) and fails loudly where it is not there; see ckpt.kernels.choice. Never
-falls back silently, never imports torch.
+In: NumPy columns, addresses and buffers. Out: copied bytes and checksums. The environment variable `CKPT_KERNEL`
+demands one kernel by name (`reference`, `table`, `sse42`, `arm`) and fails loudly where it is not there; see
+ckpt.kernels.choice. Never falls back silently, never imports torch.
 """
 
 from ckpt.kernels.checksum import crc32c, crc32c_combine, crc32c_ranges

@@ -1,6 +1,7 @@
 """CRC-32C (Castagnoli, RFC 3720 B.4) of buffers and of many ranges of one buffer.
 
-In: contiguous buffers, read-only or not. Out: checksums as integers. The GIL is dropped while reading. Never copies the data.
+In: contiguous buffers, read-only or not. Out: checksums as integers. The GIL is dropped while reading. Never copies the
+data.
 """
 
 from __future__ import annotations
@@ -46,7 +47,8 @@ def crc32c_ranges(
         status, row = choice.native().crc32c_ranges(choice.crc_kernel(), view, starts, stops, out, threads)
     if status != Status.OK:
         raise InvalidInputError(
-            f"range {row}, bytes [{starts[row]}, {stops[row]}), is not inside data of {view.nbytes} bytes", kind="bad-range"
+            f"range {row}, bytes [{starts[row]}, {stops[row]}), is not inside data of {view.nbytes} bytes",
+            kind="bad-range",
         )
     return out
 

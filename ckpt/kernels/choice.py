@@ -1,7 +1,7 @@
 """Which kernel runs: the native core, or the NumPy reference when `CKPT_KERNEL=reference` demands it.
 
-In: the environment, read here only, at call time. Out: the native module and the number of a CRC kernel. A demand that cannot be
-met is an error; there is no silent fallback.
+In: the environment, read here only, at call time. Out: the native module and the number of a CRC kernel. A demand that
+cannot be met is an error; there is no silent fallback.
 """
 
 from __future__ import annotations

@@ -1,6 +1,7 @@
 """Check the arrays that go to the native core.
 
-In: what the caller passed. Out: C-contiguous arrays of the exact dtype. Never copies a buffer of bytes, never casts a float.
+In: what the caller passed. Out: C-contiguous arrays of the exact dtype. Never copies a buffer of bytes, never casts a
+float.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ Buffer = Any  # bytes, bytearray, memoryview, mmap, NumPy array: anything with t
 
 
 def integer_column(name: str, array: object, dtype: type[np.integer[Any]], shape: Sequence[int]) -> NDArray[Any]:
-    """`array` as C-contiguous `dtype` of exactly `shape`. An integer array of another width is cast when its values fit."""
+    """`array` as C-contiguous `dtype` of exactly `shape`. Integers of another width are cast when their values fit."""
     given = np.asarray(array)
     if given.shape != tuple(shape):
         raise InvalidInputError(f"`{name}` must have shape {tuple(shape)}, found {given.shape}")

@@ -1,7 +1,7 @@
 """Copy strided n-d boxes between addresses of this process.
 
-In: columns of addresses, limits, lengths and strides. Out: bytes at the targets. Every bound is checked before the first byte is
-copied; the GIL is dropped while copying. Never allocates the memory it copies, never keeps it alive.
+In: columns of addresses, limits, lengths and strides. Out: bytes at the targets. Every bound is checked before the
+first byte is copied; the GIL is dropped while copying. Never allocates the memory it copies, never keeps it alive.
 """
 
 from __future__ import annotations
@@ -31,9 +31,10 @@ def copy_boxes(
 ) -> None:
     """Copy N boxes of D dims. Any thread may call it; the caller keeps all memory alive until it returns.
 
-    Element (i0, i1, ...) of box r lies `itemsize[r]` bytes long at `source[r] + sum(i_d * source_strides[r, d])`, likewise for
-    the target. A box with a zero length copies nothing. A source stride of 0 repeats an element; elements of one target must
-    be disjoint and nest (checked), sources must be disjoint from targets and targets from each other (not checked).
+    Element (i0, i1, ...) of box r lies `itemsize[r]` bytes long at `source[r] + sum(i_d * source_strides[r, d])`,
+    likewise for the target. A box with a zero length copies nothing. A source stride of 0 repeats an element; elements
+    of one target must be disjoint and nest (checked), sources must be disjoint from targets and targets from each
+    other (not checked).
 
     Args:
         source, target: [N] addresses of the first elements.
@@ -69,7 +70,7 @@ def copy_boxes(
 
 
 _REASONS = {
-    Status.BAD_ARGUMENT: "a length or stride is negative, the item size is below 1, or there are too many dims or bytes",
+    Status.BAD_ARGUMENT: "a length or stride is negative, the item size is below 1, or there are too many dims",
     Status.SOURCE_OUT_OF_BOUNDS: "it would read beyond the source limit",
     Status.TARGET_OUT_OF_BOUNDS: "it would write beyond the target limit",
     Status.TARGET_OVERLAPS: "two elements of the target share bytes or interleave",
@@ -83,7 +84,8 @@ def _refuse(status: Status, row: int, columns: dict[str, NDArray[np.integer]]) -
     values = {name: column[row].tolist() for name, column in columns.items()}
     room = {side: values[f"{side}_limit"] - values[side] for side in ("source", "target")}
     raise InvalidInputError(
-        f"cannot copy box in row {row}: {_REASONS[status]}: lengths {values['lengths']}, itemsize {values['itemsize']}, "
+        f"cannot copy box in row {row}: {_REASONS[status]}: "
+        f"lengths {values['lengths']}, itemsize {values['itemsize']}, "
         f"source strides {values['source_strides']} in {room['source']} bytes, "
         f"target strides {values['target_strides']} in {room['target']} bytes",
         kind="bad-box",

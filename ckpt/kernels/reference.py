@@ -1,7 +1,7 @@
 """The kernels in plain NumPy: what the native ones are tested against, and what `CKPT_KERNEL=reference` runs.
 
-In: checked columns (ckpt.kernels.columns). Out: the same bytes, checksums and refusals as the native core. Written to be read,
-not to be fast. Never calls the native core.
+In: checked columns (ckpt.kernels.columns). Out: the same bytes, checksums and refusals as the native core. Written to
+be read, not to be fast. Never calls the native core.
 """
 
 from __future__ import annotations
@@ -106,7 +106,7 @@ class _Row:
 
 
 def _memory(address: int, nbytes: int) -> NDArray[np.uint8]:
-    return np.frombuffer((ctypes.c_uint8 * nbytes).from_address(address), np.uint8)
+    return np.ctypeslib.as_array((ctypes.c_uint8 * nbytes).from_address(address))
 
 
 # CRC-32C. Registers are polynomials over GF(2) modulo the Castagnoli polynomial, bit-reflected (bit 31 is x^0).

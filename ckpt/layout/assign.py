@@ -82,7 +82,7 @@ class RuleIndex:
         self._wild: list[tuple[int, NamePattern]] = []
         for number, rule in enumerate(self._rules):
             for pattern in rule.match:
-                if pattern.level == 3:
+                if pattern.exact:
                     self._exact.setdefault(pattern.text, []).append((number, pattern))
                 else:
                     self._wild.append((number, pattern))

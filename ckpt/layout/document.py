@@ -119,6 +119,8 @@ def layout_of(root: Node) -> Layout:
         ),
     )
     pipeline = _checked(entries["pipeline"], _pipeline) if _is_set(entries, "pipeline") else None
+    if pipeline is not None:
+        _checked(entries["pipeline"], lambda _: Layout(mesh=mesh, rules=(), pipeline=pipeline))
     rules = tuple(_checked(node, _rule) for node in entries["rules"].items("`rules`"))
     for node, rule in zip(entries["rules"].items("`rules`"), rules, strict=True):
         # Each rule alone first, so that the error says which one it is.

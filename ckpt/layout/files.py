@@ -8,14 +8,14 @@ from __future__ import annotations
 
 import re
 
-import yaml  # type: ignore[import-untyped]
+import yaml
 
 from ckpt.errors import InvalidInputError
 from ckpt.layout.document import DEPTH_MAX, Node, layout_of, to_document
 from ckpt.layout.layout import Layout
 
 LAYOUT_BYTES_MAX = 16 * 1024 * 1024
-NODES_MAX = 2_000_000  # a file that unfolds to more than this by aliases is refused
+UNFOLDED_NODES_MAX = 10_000  # aliases may make this many more values than the text has characters
 _INTEGER = re.compile(r"[+-]?[0-9]+")
 _TAG = "tag:yaml.org,2002:"
 
@@ -45,15 +45,15 @@ def read_layout(text: str, *, source: str = "layout") -> Layout:
         raise InvalidInputError(f"{source}: nested too deep", kind="bad-layout") from None
     if root is None:
         raise InvalidInputError(f"{source}: the file is empty", kind="bad-layout")
-    return layout_of(_Unfolder(source).node(root, 0))
+    return layout_of(_Unfolder(source, len(text) + UNFOLDED_NODES_MAX).node(root, 0))
 
 
 class _Unfolder:
     """Turns composed YAML into nodes with lines, within limits. Used once."""
 
-    def __init__(self, source: str) -> None:
+    def __init__(self, source: str, nodes_max: int) -> None:
         self._source = source
-        self._left = NODES_MAX
+        self._left = nodes_max
 
     def node(self, item: yaml.Node, depth: int) -> Node:
         at = f"{self._source} line {item.start_mark.line + 1}"

@@ -7,7 +7,7 @@ with the whole name, one without with the path alone, so that it covers a parame
 
     *        any characters of one component, none or more (never `.` or `/`)
     **       any characters at all
-    {a,b}    one of these words (each may hold `*`)
+    {a,b}    one of these words (each may hold `*` and `**`)
     {layer}  a decimal number without leading zeros, handed on under this name
 """
 
@@ -76,17 +76,24 @@ class NamePattern:
         return "/" in self.text
 
     @cached_property
+    def exact(self) -> bool:
+        """True when the pattern is a name, letter by letter."""
+        return not any(token[0] in "*{" for token in _tokens(self.text))
+
+    @cached_property
     def captures(self) -> frozenset[str]:
         return frozenset(t[1:-1] for t in _tokens(self.text) if t.startswith("{") and "," not in t)
 
     @cached_property
     def level(self) -> int:
-        """Which pattern wins where several match: 3 a name in full, 2 names the state key, 1 any other, 0 `**`."""
-        if not any(token[0] in "*{" for token in _tokens(self.text)):
-            return 3
+        """Which pattern wins where several match, the highest.
+
+        With the state key (so that a rule for optimizer state wins over that of its parameter): 4 a name in full,
+        3 a pattern. Without: 2 a path in full, 1 a pattern, 0 `**`.
+        """
         if self.text == "**":
             return 0
-        return 2 if self.whole_name else 1
+        return (3 if self.whole_name else 1) + self.exact
 
     def match(self, name: str, parsed: TensorName) -> dict[str, int] | None:
         """The captured numbers when the pattern matches this tensor, else None."""
@@ -104,7 +111,7 @@ def _regex_of(token: str) -> str:
     if token == "*":
         return "[^./]*"
     if token.startswith("{") and "," in token:
-        words = (re.escape(word).replace(r"\*", "[^./]*") for word in token[1:-1].split(","))
+        words = ("".join(_regex_of(part) for part in _tokens(word)) for word in token[1:-1].split(","))
         return f"(?:{'|'.join(words)})"
     if token.startswith("{"):
         return f"(?P<{token[1:-1]}>0|[1-9][0-9]{{0,8}})"

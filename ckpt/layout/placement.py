@@ -185,7 +185,7 @@ def dtensor_placement(
     placements = [_normalised(placement, shape) for placement in placements]
     dims: list[Ranges] = [((0, size),) if size else () for size in shape]
     for dim in range(len(shape)):
-        order = _shard_order(dim, mesh_shape, placements) if strided == "order" else None
+        order = shard_order(dim, mesh_shape, placements) if strided == "order" else None
         for mesh_dim in range(len(mesh_shape)) if order is None else order:
             placement, num, index = placements[mesh_dim], mesh_shape[mesh_dim], coordinate[mesh_dim]
             if isinstance(placement, Replicate) or placement.dim != dim:
@@ -217,7 +217,7 @@ def _normalised(placement: DimPlacement, shape: Sequence[int]) -> DimPlacement:
     return dataclasses.replace(placement, dim=placement.dim + len(shape))
 
 
-def _shard_order(dim: int, mesh_shape: Sequence[int], placements: Sequence[DimPlacement]) -> list[int] | None:
+def shard_order(dim: int, mesh_shape: Sequence[int], placements: Sequence[DimPlacement]) -> list[int] | None:
     """Mesh dims that cut this tensor dim, outermost cut first; None when the split factors fit no order.
 
     The split factor of a mesh dim is the number of pieces that mesh dims to its right had already made.

@@ -101,7 +101,7 @@ def uncovered(copies: CopyTable, pieces: PieceTable) -> Int64Array:
 def _join(fragments: FragmentTable, pieces: PieceTable, specs: Sequence[TensorSpec], num_dims: int) -> CopyTable:
     """All non-empty intersections of a piece with a fragment of its tensor."""
     itemsizes = np.array([spec.itemsize for spec in specs], np.int64)
-    low, counts = _candidates(fragments, pieces, specs)
+    low, counts = candidates(fragments.boxes, pieces.boxes, specs)
     tables = [
         _join_rows(fragments, pieces, itemsizes, num_dims, rows, low, counts) for rows in _batches(counts, PAIRS_MAX)
     ]
@@ -110,19 +110,17 @@ def _join(fragments: FragmentTable, pieces: PieceTable, specs: Sequence[TensorSp
     return CopyTable(**{key: np.concatenate([vars(t)[key] for t in tables]) for key in vars(tables[0])})
 
 
-def _candidates(
-    fragments: FragmentTable, pieces: PieceTable, specs: Sequence[TensorSpec]
-) -> tuple[Int64Array, Int64Array]:
+def candidates(fragments: BoxTable, pieces: BoxTable, specs: Sequence[TensorSpec]) -> tuple[Int64Array, Int64Array]:
     """For each piece the first row and the number of rows of the fragments that can meet it.
 
-    Fragments are sorted by their first element. `reach` is the farthest last element so far: both only grow, so that the
-    fragments between the piece's first and last element are found by bisection, without looking at all of a tensor's.
+    Fragments are sorted by tensor and first element. `reach` is the farthest last element so far: both only grow, so that
+    the fragments between the piece's first and last element are found by bisection, without looking at all of a tensor's.
     """
     sizes = np.array([math.prod(spec.shape) for spec in specs], np.int64)
     base = np.cumsum(sizes) - sizes
-    first, last = (x + base[fragments.boxes.tensor] for x in corners(specs, fragments.boxes))
+    first, last = (x + base[fragments.tensor] for x in corners(specs, fragments))
     reach = np.maximum.accumulate(last)
-    piece_first, piece_last = (x + base[pieces.boxes.tensor] for x in corners(specs, pieces.boxes))
+    piece_first, piece_last = (x + base[pieces.tensor] for x in corners(specs, pieces))
     low = np.searchsorted(reach, piece_first, "left")
     return low, np.maximum(np.searchsorted(first, piece_last, "right") - low, 0)
 
@@ -284,7 +282,64 @@ def _blocks(
     return np.repeat(chunk, counts)[keep], start, stop, fragments.checksums[number], owner
 
 
-def subset_pieces(pieces: PieceTable, rows: NDArray[np.integer] | NDArray[np.bool_], tensor: NDArray[np.int32]) -> PieceTable:
+def plan_verify(
+    fragments: FragmentTable,
+    *,
+    block_bytes: int,
+    read_bytes_max: int,
+    gap_bytes_max: int,
+    readable: Int64Array,
+) -> ReadPlan:
+    """Plan to read every block of every fragment once, and to copy nothing.
+
+    Args:
+        read_bytes_max: soft bound of one chunk; a chunk is at most one block longer.
+        readable: [W] bytes that the image of each writer has; blocks that end behind are left out.
+    """
+    counts = np.diff(fragments.block_starts)
+    owner, in_fragment = np.repeat(np.arange(len(fragments)), counts), arange_per(counts)
+    start = fragments.offsets[owner] + in_fragment * block_bytes
+    stop = np.minimum(start + block_bytes, fragments.offsets[owner] + fragments.nbytes[owner])
+    writer = fragments.writer[owner]
+    kept = np.flatnonzero(stop <= readable[writer])
+    order = kept[np.lexsort((start[kept], writer[kept]))]
+    owner, start, stop, writer = owner[order], start[order], stop[order], writer[order]
+    chunk = _number_chunks(writer, start, stop, read_bytes_max, gap_bytes_max)
+    num = int(chunk[-1]) + 1 if len(chunk) else 0
+    edges = np.searchsorted(chunk, np.arange(num + 1))
+    return ReadPlan(
+        writer=writer[edges[:-1]],
+        start=start[edges[:-1]],
+        stop=np.maximum.reduceat(stop, edges[:-1]) if num else np.empty(0, np.int64),
+        copies=_no_copies(),
+        copy_starts=np.zeros(num + 1, np.int64),
+        block_start=start,
+        block_stop=stop,
+        block_crc=fragments.checksums[order],
+        block_fragment=owner,
+        block_starts=edges,
+        wanted_nbytes=int((stop - start).sum()),
+    )
+
+
+def _no_copies() -> CopyTable:
+    none, table = np.empty(0, np.int64), np.empty((0, 1), np.int64)
+    return CopyTable(
+        writer=np.empty(0, np.int32),
+        fragment=none,
+        piece=none,
+        source=none,
+        target=np.empty(0, np.uint64),
+        lengths=table,
+        source_strides=table,
+        target_strides=table,
+        itemsize=none,
+    )
+
+
+def subset_pieces(
+    pieces: PieceTable, rows: NDArray[np.integer] | NDArray[np.bool_], tensor: NDArray[np.int32]
+) -> PieceTable:
     """The given rows of `pieces`, with their tensors renumbered to `tensor` (one per kept row)."""
     boxes = BoxTable(tensor=tensor, offsets=pieces.boxes.offsets[rows], lengths=pieces.boxes.lengths[rows])
     order = np.argsort(tensor, kind="stable")

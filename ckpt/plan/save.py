@@ -162,9 +162,9 @@ def _level(load: Int64Array, total: int) -> Int64Array:
     """How many of `total` bytes each member takes so that the largest load becomes as small as can be."""
     order = np.argsort(load, kind="stable")
     levels = load[order]
-    room = np.arange(1, len(levels) + 1) * np.append(levels[1:], np.iinfo(np.int64).max // (len(levels) + 1)) - np.cumsum(
-        levels
-    )
+    room = np.arange(1, len(levels) + 1) * np.append(
+        levels[1:], np.iinfo(np.int64).max // (len(levels) + 1)
+    ) - np.cumsum(levels)
     k = int(np.argmax(room >= total)) + 1  # the k least loaded members share
     level = (total + int(levels[:k].sum())) // k
     shares = np.zeros(len(load), np.int64)
@@ -186,7 +186,9 @@ def arange_per(counts: Int64Array) -> Int64Array:
     return out
 
 
-def rows_of_rank(plan: SavePlan, rank: int, specs: Sequence[TensorSpec], boxes: BoxTable) -> tuple[BoxTable, Int64Array]:
+def rows_of_rank(
+    plan: SavePlan, rank: int, specs: Sequence[TensorSpec], boxes: BoxTable
+) -> tuple[BoxTable, Int64Array]:
     """The boxes that `rank` writes, and for each the number of the piece (row of `boxes`) that it is a part of.
 
     A cut fragment is cut along its first dim longer than one, at the row nearest to the planned byte; all holders round

@@ -20,8 +20,9 @@ from ckpt.layout.box import Int64Array
 def epoch_order(num_samples: int, seed: int, epoch: int) -> Int64Array:
     """The order of one epoch: sample indices sorted by a 64-bit hash of their number. Read-only.
 
-    The hash is SplitMix64 (Steele, Lea, Flood 2014) started at the first 8 bytes, little-endian, of SHA-256("ckpt.order/1",
-    seed, epoch), both numbers as 8 bytes little-endian. It is a bijection, so that no two samples tie.
+    The hash is SplitMix64 (Steele, Lea, Flood 2014) started at the first 8 bytes, little-endian, of SHA-256
+    over "ckpt.order/1", seed and epoch, both numbers as 8 bytes little-endian. It is a bijection: no two
+    samples tie.
     """
     digest = hashlib.sha256(b"ckpt.order/1" + seed.to_bytes(8, "little") + epoch.to_bytes(8, "little")).digest()
     mixed = np.arange(1, num_samples + 1, dtype=np.uint64)

@@ -144,16 +144,9 @@ class ElasticSampler(torch.utils.data.Sampler[int]):
 
     def load_state_dict(self, state: dict[str, Tree]) -> None:
         """Go on from a state of the same dp rank and degree; MismatchError for another (see `reshard_state`)."""
-        self._check(state)
-        if (state["dp_rank"], state["dp_size"]) != (self.dp_rank, self.dp_size):
-            raise MismatchError(
-                f"the sampler is rank {self.dp_rank} of {self.dp_size}, the state is of rank {state['dp_rank']} of "
-                f"{state['dp_size']}",
-                kind="loader-degree",
-                hints=("ckpt.load does this; by hand: reshard_state(states of all ranks, dp_rank=..., dp_size=...)",),
-            )
+        self.check_state(state)
         self.seed, self.shuffle = state["seed"], state["shuffle"]
-        deal = Deal(left=state["left"], next=state["next"], dp_size=self.dp_size)
+        deal = Deal(left=state["left"].copy(), next=state["next"], dp_size=self.dp_size)
         self._begin(deal, state["taken"], state["epoch"])
 
     def reshard_state(self, states: Sequence[dict[str, Tree]], *, dp_rank: int, dp_size: int) -> dict[str, Tree]:
@@ -164,7 +157,7 @@ class ElasticSampler(torch.utils.data.Sampler[int]):
         """
         check_dp(dp_rank, dp_size)
         for state in states:
-            self._check(state)
+            self._check_data(state)
         _check_set(states)
         first = states[0]
         old = Deal(left=first["left"], next=first["next"], dp_size=len(states))
@@ -179,8 +172,19 @@ class ElasticSampler(torch.utils.data.Sampler[int]):
             "next": deal.next,
         }
 
-    def _check(self, state: Any) -> None:
-        check_state(state)
+    def check_state(self, state: Any) -> None:
+        """Raise what `load_state_dict` would raise for a state of this rank. Changes nothing."""
+        self._check_data(state)
+        if (state["dp_rank"], state["dp_size"]) != (self.dp_rank, self.dp_size):
+            raise MismatchError(
+                f"the sampler is rank {self.dp_rank} of {self.dp_size}, the state is of rank {state['dp_rank']} of "
+                f"{state['dp_size']}",
+                kind="loader-degree",
+                hints=("ckpt.load does this; by hand: reshard_state(states of all ranks, dp_rank=..., dp_size=...)",),
+            )
+
+    def _check_data(self, state: Any) -> None:
+        _check_fields(state)
         if state["num_samples"] != self.num_samples:
             raise MismatchError(
                 f"the data set has {self.num_samples} samples, the state is of one with {state['num_samples']}",
@@ -243,7 +247,7 @@ _FIELDS: dict[str, type] = {
 }
 
 
-def check_state(state: Any) -> None:
+def _check_fields(state: Any) -> None:
     """Raise DamagedError for what is no state of an ElasticSampler, and for numbers that contradict each other."""
     if not isinstance(state, dict) or set(state) != set(_FIELDS):
         raise DamagedError(f"not a state of an ElasticSampler: expected the fields {', '.join(_FIELDS)}")
@@ -349,6 +353,10 @@ class ElasticLoader:
     def load_state_dict(self, state: dict[str, Tree]) -> None:
         """As ElasticSampler.load_state_dict."""
         self.sampler.load_state_dict(state)
+
+    def check_state(self, state: Any) -> None:
+        """As ElasticSampler.check_state."""
+        self.sampler.check_state(state)
 
     def reshard_state(self, states: Sequence[dict[str, Tree]], *, dp_rank: int, dp_size: int) -> dict[str, Tree]:
         """As ElasticSampler.reshard_state."""

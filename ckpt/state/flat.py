@@ -3,8 +3,8 @@
 In: a buffer, the names and shapes that it was made of. Out: parts with the boxes of the ordinary tensors. Never
 copies data.
 
-A `FlatOptimizerState` stores under the names that a torch optimizer has, `<key>/<parameter>/<slot>`, so either one loads what
-the other saved.
+A `FlatOptimizerState` stores under the names that a torch optimizer has, `<key>/<parameter>/<slot>`, so either one
+loads what the other saved.
 """
 
 from __future__ import annotations

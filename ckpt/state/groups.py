@@ -13,9 +13,9 @@ from collections.abc import Mapping, MutableMapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import torch
 
+import ckpt.state.inline  # noqa: F401  (hyperparameters may be small tensors)
 from ckpt.errors import DamagedError, MismatchError
 from ckpt.format.objects import Tree, encode, rewrite
 from ckpt.state.holders import Action
@@ -46,7 +46,7 @@ def saved_groups(groups: Sequence[NamedGroup], *, name: str) -> list[dict[str, T
     return [
         {"params": [param for names in group.params for param in names]}
         | {
-            key: _inline_tensors(value, name=f"{name}.groups[{index}].{key}")
+            key: _within_object(value, name=f"{name}.groups[{index}].{key}")
             for key, value in group.values.items()
             if key not in _NOT_HYPERPARAMETERS
         }
@@ -121,43 +121,23 @@ def _differences(found: Sequence[tuple[str, Mapping[str, Tree]]]) -> str:
 def _set_action(group: MutableMapping[str, Any], values: Mapping[str, Tree]) -> Action:
     def install() -> None:
         for key, value in values.items():
-            group[key] = _like(group[key], value) if key in group else _as_tensors(value)
+            group[key] = _like(group[key], value) if key in group else value
 
     return install
 
 
 def _like(current: Any, stored: Any) -> Any:
     """The stored value as the kind of thing the current one is; a tensor is filled in place and stays the same one."""
-    if isinstance(current, torch.Tensor) and isinstance(stored, (int, float, np.ndarray)):
-        with torch.no_grad():
-            current.copy_(torch.as_tensor(stored))
+    if isinstance(current, torch.Tensor) and isinstance(stored, (int, float, torch.Tensor)):
+        current.copy_(torch.as_tensor(stored))
         return current
     if type(current) in (tuple, list) and type(stored) in (tuple, list) and len(current) == len(stored):
         return type(stored)(_like(one, other) for one, other in zip(current, stored, strict=True))
-    if isinstance(stored, np.ndarray) and isinstance(current, (int, float)) and stored.ndim == 0:
+    if isinstance(stored, torch.Tensor) and isinstance(current, (int, float)) and stored.numel() == 1:
         return stored.item()
-    return _as_tensors(stored)
+    return stored
 
 
-def _as_tensors(value: Any) -> Any:
-    if not _holds_array(value):
-        return value
-    return rewrite(
-        value, lambda path, item: torch.from_numpy(item.copy()) if isinstance(item, np.ndarray) else item, name="value"
-    )
-
-
-def _holds_array(value: Any) -> bool:
-    return isinstance(value, np.ndarray) or (type(value) in (tuple, list) and any(map(_holds_array, value)))
-
-
-def _inline_tensors(value: Any, *, name: str) -> Tree:
-    """A hyperparameter with its tensors (a learning rate for CUDA graphs) as NumPy arrays."""
-
-    def swap(path: str, item: Any) -> Any:
-        if not isinstance(item, torch.Tensor):
-            return item
-        host = item.detach().cpu()
-        return (host.float() if host.dtype == torch.bfloat16 else host).numpy().copy()
-
-    return rewrite(value, swap, name=name)
+def _within_object(value: Any, *, name: str) -> Tree:
+    """A hyperparameter with its tensors (a learning rate for CUDA graphs) as the object's codec wants them: plain."""
+    return rewrite(value, lambda path, item: item.detach() if isinstance(item, torch.Tensor) else item, name=name)

@@ -1,7 +1,7 @@
 """Small tensors inside loader and RNG state, stored within the object instead of as tensors of the checkpoint.
 
-In: a plain CPU tensor (a loader's generator state, say). Out: its dtype, shape and bytes, and back. Importing this module
-registers the codec `torch.Tensor`. Never takes a tensor that requires grad or a subclass: those are model state.
+In: a plain CPU tensor (a loader's generator state, say). Out: its dtype, shape and bytes, and back. Importing this
+module registers the codec `torch.Tensor`. Never takes a tensor that requires grad or a subclass: those are model state.
 """
 
 from __future__ import annotations

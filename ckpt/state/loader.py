@@ -10,6 +10,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch
+
 import ckpt.state.inline  # noqa: F401  (loader states hold small tensors)
 from ckpt.errors import DamagedError, InvalidInputError, MismatchError
 from ckpt.format.objects import Tree, decode
@@ -65,10 +67,12 @@ class Loader:
 
 
 def is_loader(obj: Any) -> bool:
-    """True for an object that can be iterated and has `state_dict` and `load_state_dict`: a loader or a sampler."""
-    return not isinstance(obj, type) and all(
-        callable(getattr(obj, method, None)) for method in ("__iter__", "state_dict", "load_state_dict")
-    )
+    """True for a loader or a sampler with a state: it iterates and has `state_dict` and `load_state_dict`.
+
+    Modules that are containers of others look the same; they are none.
+    """
+    methods = ("__iter__", "state_dict", "load_state_dict")
+    return not isinstance(obj, (type, torch.nn.Module)) and all(callable(getattr(obj, name, None)) for name in methods)
 
 
 def dp_of(obj: Any) -> tuple[int, int] | None:
@@ -112,6 +116,14 @@ def choose_state(
     """
     if not rows:
         raise DamagedError(f"object `{name}` has no rows")
+    tree = _choose(rows, loader, name, rank, world, same_layout)
+    check = getattr(loader, "check_state", None)
+    if callable(check):
+        check(tree)
+    return tree
+
+
+def _choose(rows: Sequence[LoaderRow], loader: Any, name: str, rank: int, world: int, same_layout: bool) -> Tree:
     now, saved_size = dp_of(loader), _saved_dp_size(rows, name)
     if now is None or saved_size is None:
         return _same_rank(rows, loader, name, rank, world, same_layout)

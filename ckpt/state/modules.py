@@ -14,7 +14,6 @@ import torch
 from torch import nn
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
-from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from ckpt.errors import InvalidInputError
 from ckpt.format.objects import decode, encode
@@ -24,7 +23,7 @@ from ckpt.state.holders import Action, Saved, StoredTensors, Wanted
 from ckpt.state.locate import Locator, ParamTable
 from ckpt.state.names import join, walk_module
 from ckpt.state.rows import Rows
-from ckpt.state.tensors import Located, Part, part
+from ckpt.state.tensors import Located, Part, memory_problem, part
 from ckpt.state.trees import put_tensors, take_tensors
 
 
@@ -107,10 +106,11 @@ class ModuleHolder:
             for inner, child in walk_module(module):
                 if type(child).get_extra_state is not nn.Module.get_extra_state:
                     self._extra[join(self._name, f"{prefix}{inner}_extra_state")] = child
+        tied = [sorted({f.name: f for f in group}.values(), key=lambda f: f.name) for group in groups.values()]
+        plain = [group[0] for group in tied if group[0].located is None]
+        self._locator.check_rules((join(self._name, found.name), found.tensor) for found in plain)
         out = []
-        for group in groups.values():
-            unique = list({found.name: found for found in group}.values())
-            unique.sort(key=lambda found: found.name)
+        for unique in tied:
             first = unique[0]
             located = first.located or self._locator.locate(join(self._name, first.name), first.tensor)
             out.append((unique, located))
@@ -139,9 +139,7 @@ def _set_extra_state(module: nn.Module, tree: Any) -> Action:
 def _identity(found: _Found) -> object:
     """Equal for two names of the same memory. Sharded tensors by object, so that all ranks see the same ties."""
     tensor = found.tensor
-    if isinstance(tensor, DTensor) or found.located is not None or tensor.numel() == 0 or tensor.is_meta:
-        return id(tensor)
-    if tensor.layout != torch.strided or is_traceable_wrapper_subclass(tensor):
+    if isinstance(tensor, DTensor) or found.located is not None or memory_problem(tensor) or tensor.numel() == 0:
         return id(tensor)
     return (tensor.data_ptr(), tuple(tensor.shape), tensor.stride(), tensor.dtype, tensor.device)
 

@@ -2,8 +2,8 @@
 
 In: modules, keys. Out: names. Pure: looks at the structure of modules, never at their tensors' data.
 
-A tensor's name is `<state key>/<name>`: the name of a parameter or buffer is what `named_parameters` gives for the module
-without its wrappers, so that a layer keeps its name whatever it is wrapped in.
+A tensor's name is `<state key>/<name>`: the name of a parameter or buffer is what `named_parameters` gives for the
+module without its wrappers, so that a layer keeps its name whatever it is wrapped in.
 """
 
 from __future__ import annotations

@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import logging
 import random
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -102,36 +102,57 @@ class RNG:
             self._set(before)
             raise DamagedError(f"the saved random state does not fit: {error!r}") from error
 
-    def load_rows(self, rows: Sequence[tuple[int, bytes]], *, rank: int, world: int, name: str = "rng") -> None:
-        """Choose with `inherit` and load; a warning says which streams are fresh or end when the world changed."""
-        chosen = inherit(rows, rank=rank, world=world, name=name)
-        self.load_state_tree(chosen.tree)
-        num_saved = len(rows)
-        if chosen.source_rank is None:
-            _warn(
-                "rng-fresh",
-                f"rank {rank} got fresh random streams: the checkpoint is of {num_saved} ranks, not {world}",
-            )
-        elif rank == 0 and num_saved > world:
-            _warn("rng-ended", f"the random streams of saved ranks {world} to {num_saved - 1} end: {world} ranks now")
+    def prepare_rows(
+        self, rows: Sequence[tuple[int, bytes]], *, rank: int, world: int, name: str = "rng"
+    ) -> Callable[[], None]:
+        """Choose with `inherit`; the result loads what was chosen, and warns of streams that are fresh or end.
 
-    def _set(self, tree: Tree) -> None:
-        if not isinstance(tree, dict):
-            raise DamagedError(f"the saved random state must be a dict, found a `{type(tree).__name__}`")
+        Changes nothing yet, and raises here what can be known before: missing rows, other names or kinds of generators.
+        """
+        chosen, num_saved = inherit(rows, rank=rank, world=world, name=name), len(rows)
+        self.check(chosen.tree)
+
+        def act() -> None:
+            self.load_state_tree(chosen.tree)
+            if chosen.source_rank is None:
+                _warn("rng-fresh", f"rank {rank} got fresh random streams: {num_saved} ranks saved, {world} ranks now")
+            elif rank == 0 and num_saved > world:
+                _warn("rng-ended", f"the random streams of ranks {world} to {num_saved - 1} end: {world} ranks now")
+
+        return act
+
+    def load_rows(self, rows: Sequence[tuple[int, bytes]], *, rank: int, world: int, name: str = "rng") -> None:
+        """`prepare_rows`, done at once."""
+        self.prepare_rows(rows, rank=rank, world=world, name=name)()
+
+    def check(self, tree: Tree) -> None:
+        """Raise MismatchError when the named generators of a tree are not those of this object. Changes nothing."""
+        if not isinstance(tree, dict) or not ("seed" in tree or isinstance(tree.get("named"), dict)):
+            raise DamagedError(f"not a random state: a `{type(tree).__name__}` without streams")
         if "seed" in tree:
-            self._seed(str(tree["seed"]))
             return
         named = tree["named"]
         if set(named) != set(self.generators):
             raise MismatchError(
                 f"generators differ: expected {sorted(self.generators)}, found {sorted(named)} in the checkpoint",
-                hints=("pass the generators of these names: ckpt.RNG(generators={...})",),
+                hints=("pass the generators of these names: ckpt.RNG({...})",),
             )
         for name, generator in self.generators.items():
-            _put(generator, named[name], f"generator `{name}`")
+            if not isinstance(named[name], dict):
+                raise DamagedError(f"the saved state of generator `{name}` is not a dict")
+            _check_kind(_get(generator), named[name], f"generator `{name}`")
+
+    def _set(self, tree: Tree) -> None:
+        self.check(tree)
+        if "seed" in tree:
+            self._seed(str(tree["seed"]))
+            return
+        for name, generator in self.generators.items():
+            _put(generator, tree["named"][name], f"generator `{name}`")
         _put(torch.default_generator, tree["torch"], "torch's generator")
         _set_cuda(tree["cuda"], tree["cuda_current"])
-        _put_numpy_global(tree["numpy"])
+        _check_bit_generator(np.random.get_state(legacy=False), tree["numpy"], "NumPy's global generator")
+        np.random.set_state(tree["numpy"])
         _put(random, tree["python"], "Python's generator")
 
     def _seed(self, seed: str) -> None:
@@ -172,29 +193,26 @@ def _get(generator: Any) -> Tree:
 
 
 def _put(generator: Any, tree: Tree, what: str) -> None:
-    kind = tree["kind"]
-    expected = _get(generator)
-    if kind != expected["kind"]:
-        raise MismatchError(f"{what} is of kind `{expected['kind']}`, found `{kind}` in the checkpoint")
+    _check_kind(_get(generator), tree, what)
     if isinstance(generator, torch.Generator):
         generator.set_state(torch.from_numpy(tree["state"].astype(np.uint8, casting="equiv")))
     elif isinstance(generator, np.random.Generator):
-        _check_bit_generator(expected["state"], tree["state"], what)
         generator.bit_generator.state = tree["state"]
     else:
         generator.setstate((tree["version"], tuple(tree["key"].tolist()), tree["gauss"]))
 
 
-def _put_numpy_global(state: Tree) -> None:
-    _check_bit_generator(np.random.get_state(legacy=False), state, "NumPy's global generator")
-    np.random.set_state(state)
+def _check_kind(expected: Tree, found: Tree, what: str) -> None:
+    if found.get("kind") != expected["kind"]:
+        raise MismatchError(f"{what} is of kind `{expected['kind']}`, found `{found.get('kind')}` in the checkpoint")
+    if expected["kind"] == "numpy":
+        _check_bit_generator(expected["state"], found.get("state", {}), what)
 
 
 def _check_bit_generator(expected: Any, found: Any, what: str) -> None:
-    if found["bit_generator"] != expected["bit_generator"]:
-        raise MismatchError(
-            f"{what} is a `{expected['bit_generator']}`, found `{found['bit_generator']}` in the checkpoint"
-        )
+    name = found.get("bit_generator")
+    if name != expected["bit_generator"]:
+        raise MismatchError(f"{what} is a `{expected['bit_generator']}`, found `{name}` in the checkpoint")
 
 
 def _set_cuda(saved: list[Tree], saved_current: int | None) -> None:

@@ -1,6 +1,7 @@
 """Objects as they come back from a checkpoint: one row per rank that stored one, and the rule for which row counts.
 
-In: rows. Out: decoded trees. Pure. Never guesses: rows that differ on a changed world are an error that names the object.
+In: rows. Out: decoded trees. Pure. Never guesses: rows that differ on a changed world are an error that names the
+object.
 """
 
 from __future__ import annotations

@@ -35,8 +35,8 @@ def locate_slot(name: str, slot: str, tensor: torch.Tensor, param: Param, locato
     if tensor.numel() == 1 or located.is_whole:
         return locate_plain(name, tensor)
     raise InvalidInputError(
-        f"optimizer slot `{name}` has local shape {tuple(tensor.shape)}, but this rank holds {located.local_shape} of its "
-        f"parameter of global shape {located.shape}: which part of the slot this is does not follow",
+        f"optimizer slot `{name}` has local shape {tuple(tensor.shape)}, but this rank holds {located.local_shape} of "
+        f"its parameter of global shape {located.shape}: which part of the slot this is does not follow",
         kind="unsupported-tensor",
         hints=(_HINT,),
     )

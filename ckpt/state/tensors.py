@@ -26,12 +26,22 @@ from ckpt.state.dtypes import dtype_name
 
 
 @dataclass(frozen=True, kw_only=True)
+class MeshPlacement:
+    """What a DTensor says of its mesh."""
+
+    axes: tuple[str, ...]  # "" where the mesh dim has no name
+    mesh_shape: tuple[int, ...]
+    placements: tuple[where.DimPlacement, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
 class Located:
     """A local tensor and what it holds of a global one."""
 
     shape: tuple[int, ...]  # global, elements
     placed: tuple[Placed, ...]  # boxes and where they start in `memory`; none: this rank holds no element
     memory: torch.Tensor  # plain, strided, detached; of fewer dims than the boxes when it is flat
+    on: MeshPlacement | None = None  # of a DTensor
 
     @property
     def is_whole(self) -> bool:
@@ -133,20 +143,29 @@ def locate_dtensor(name: str, tensor: DTensor) -> Located:
             f"tensor `{name}`: placements {tensor.placements} on a mesh of shape {tuple(mesh.shape)} do not give a "
             f"local shape {tuple(memory.shape)} at coordinate {tuple(coordinate)} of a tensor of shape {shape}"
         )
-    return Located(shape=shape, placed=found, memory=memory)
+    on = _mesh_placement(mesh.mesh_dim_names, tuple(mesh.shape), placements)
+    return Located(shape=shape, placed=found, memory=memory, on=on)
+
+
+@functools.lru_cache(maxsize=4096)
+def _mesh_placement(
+    names: tuple[str, ...] | None, mesh_shape: tuple[int, ...], placements: tuple[where.DimPlacement, ...]
+) -> MeshPlacement:
+    return MeshPlacement(axes=names or ("",) * len(mesh_shape), mesh_shape=mesh_shape, placements=placements)
 
 
 def plain_memory(name: str, tensor: torch.Tensor) -> torch.Tensor:
     """The tensor as plain strided memory; InvalidInputError for what has none."""
-    memory = tensor.detach()
-    problem = _memory_problem(memory)
+    problem = memory_problem(tensor)
     if problem is not None:
         raise InvalidInputError(f"tensor `{name}` {problem}", kind="unsupported-tensor")
-    return memory
+    return tensor.detach()
 
 
 def overlaps_itself(memory: torch.Tensor) -> bool:
-    """True when two elements share an address (an expanded tensor): such memory cannot be written in place."""
+    """True when two elements may share an address (an expanded tensor): such memory cannot be written in place."""
+    if memory.numel() == 0:
+        return False
     reach = 1
     sizes = zip(memory.stride(), memory.shape, strict=True)
     for stride, size in sorted((stride, size) for stride, size in sizes if size > 1):
@@ -156,7 +175,8 @@ def overlaps_itself(memory: torch.Tensor) -> bool:
     return False
 
 
-def _memory_problem(memory: torch.Tensor) -> str | None:
+def memory_problem(memory: torch.Tensor) -> str | None:
+    """Why this is not plain strided memory, as the end of a sentence; None when it is."""
     if isinstance(memory, UninitializedTensorMixin):
         return "belongs to a lazy module that has not run yet; run it once before"
     if memory.layout != torch.strided or memory.is_quantized or memory.is_nested:
@@ -205,6 +225,8 @@ def _placed_whole(shape: tuple[int, ...]) -> Placed:
 
 
 def _check_inside(name: str, located: Located) -> None:
+    if located.is_whole:
+        return
     shape, local_shape = located.shape, located.local_shape
     for item in located.placed:
         box = item.box

@@ -1,7 +1,8 @@
 """What ckpt asks of a place that holds bytes by key.
 
-In: keys (relative, `/`-separated, checked) and bytes. Out: bytes. A `Store` never interprets what it holds, never retries
-a write that may have landed without saying so, and turns every failure of its back end into a `ckpt.errors` class.
+In: keys (relative, `/`-separated, checked) and bytes. Out: bytes. A `Store` never interprets what it holds, never
+retries a write that may have landed without saying so, and turns every failure of its back end into a `ckpt.errors`
+class.
 """
 
 from __future__ import annotations
@@ -76,7 +77,10 @@ class Store(Protocol):
         """Names (not keys) of the folders directly below `prefix`, sorted."""
 
     def open_writer(self, key: str, *, nbytes: int | None = None) -> Writer:
-        """Start a new object; `nbytes` is its final size where known. AlreadyExistsError if the key exists (best effort)."""
+        """Start a new object; `nbytes` is its final size where known.
+
+        AlreadyExistsError if the key exists (best effort). An object is written under a key of its own writer.
+        """
 
     def put(self, key: str, data: bytes) -> None:
         """Write a small object whole and durably, replacing what is there."""
@@ -102,7 +106,7 @@ class Store(Protocol):
 
 
 def check_keys(keys: Iterable[str]) -> None:
-    """Raise InvalidInputError for a key that could leave the root: empty, absolute, `..`, backslash, control characters."""
+    """InvalidInputError for a key that could leave the root: empty, absolute, `..`, backslash, control characters."""
     for key in keys:
         parts = key.split("/")
         odd = "\\" in key or any(ord(character) < 32 for character in key)

@@ -1,8 +1,9 @@
 """Bytes by key in a local (or mounted) folder, durable when a call returns.
 
-In: keys and bytes. Out: regular files. Never follows a symbolic link below the root, never reads anything but a regular file,
-never shows a half-written object made by `put` or `create`: those are written under a temporary name in the same folder,
-synced, and then renamed or linked, and the folder is synced. (The local file systems of fsspec and obstore never sync.)
+In: keys and bytes. Out: regular files. Never follows a symbolic link below the root, never reads anything but a regular
+file, never shows a half-written object made by `put` or `create`: those are written under a temporary name in the same
+folder, synced, and then renamed or linked, and the folder is synced. (The local file systems of fsspec and obstore
+never sync.)
 """
 
 from __future__ import annotations
@@ -13,7 +14,6 @@ import errno
 import os
 import secrets
 import stat
-import time
 from collections.abc import Iterator, Sequence
 
 from ckpt.config import Options
@@ -48,7 +48,7 @@ class PosixStore:
 
     def read(self, key: str, start: int = 0, stop: int | None = None) -> bytes:
         with self._opened(key) as (fd, size):
-            end = size if stop is None else stop
+            end = max(start, size) if stop is None else stop
             self._check_range(key, start, end, size)
             buffer = bytearray(end - start)
             self._fill(fd, key, start, memoryview(buffer))
@@ -129,12 +129,19 @@ class PosixStore:
 
     def sweep(self, prefix: str, *, older_than_s: float) -> int:
         """Remove unfinished files and empty folders below `prefix` that nobody touched for `older_than_s`."""
-        return self._sweep(_prefix_parts(prefix), older_than_s)
+        parts = _prefix_parts(prefix)
+        if not os.path.isdir(self._root):
+            return 0
+        temporary = f"{_TEMPORARY}{secrets.token_hex(8)}"
+        with self._made_with_file((), temporary) as (folder, fd):
+            now_s = os.fstat(fd).st_mtime  # the clock of the file server, not of this machine
+            os.unlink(temporary, dir_fd=folder)
+        return self._sweep(parts, older_than_s, now_s)
 
     def close(self) -> None:
         """Nothing is held."""
 
-    # ----------------------------------------------------------------------------------------------------------- reading
+    # ---- reading
 
     @contextlib.contextmanager
     def _opened(self, key: str) -> Iterator[tuple[int, int]]:
@@ -179,11 +186,14 @@ class PosixStore:
     def _error(self, error: OSError, key: str, verb: str) -> Exception:
         return error_of(error, url=self._url, key=key, verb=verb)
 
-    # ----------------------------------------------------------------------------------------------------------- writing
+    # ---- writing
 
     @contextlib.contextmanager
     def _written_aside(self, key: str, data: bytes) -> Iterator[tuple[int, str, str]]:
-        """Folder, temporary name and final name, with `data` durable under the temporary one. FileExistsError passes."""
+        """Folder, temporary name and final name, with `data` durable under the temporary one.
+
+        A FileExistsError of the body passes as it is.
+        """
         folders, name = _parts(key)
         temporary = f"{_TEMPORARY}{secrets.token_hex(8)}"
         try:
@@ -225,7 +235,7 @@ class PosixStore:
         except OSError as error:
             raise self._error(error, key, "sync") from error
 
-    # ----------------------------------------------------------------------------------------------- listing and removing
+    # ---- listing and removing
 
     def _scan(self, folders: tuple[str, ...]) -> tuple[Names, _Files]:
         """Sorted names of the folders and of the regular files in a folder; links and devices are left out."""
@@ -254,16 +264,21 @@ class PosixStore:
         for name in subfolders:
             self._walk((*folders, name), entries)
 
-    def _sweep(self, folders: tuple[str, ...], older_than_s: float) -> int:
+    def _sweep(self, folders: tuple[str, ...], older_than_s: float, now_s: float) -> int:
         subfolders, files = self._scan(folders)
-        removed = sum(self._sweep((*folders, name), older_than_s) for name in subfolders)
-        now_s = time.time()
-        for name, status in files:
-            if name.startswith(_TEMPORARY) and now_s - status.st_mtime >= older_than_s:
-                with contextlib.suppress(FileNotFoundError), self._tree.opened(folders) as folder:
-                    os.unlink(name, dir_fd=folder)
-                    removed += 1
-        if folders and not files and not subfolders and older_than_s <= 0:
+        removed = sum(self._sweep((*folders, name), older_than_s, now_s) for name in subfolders)
+        try:
+            with self._tree.opened(folders) as folder:
+                empty = not files and not subfolders and now_s - os.fstat(folder).st_mtime >= older_than_s
+                for name, status in files:
+                    if name.startswith(_TEMPORARY) and now_s - status.st_mtime >= older_than_s:
+                        os.unlink(name, dir_fd=folder)
+                        removed += 1
+        except FileNotFoundError:
+            return removed  # its writer, or another gc, was faster
+        except OSError as error:
+            raise self._error(error, "/".join(folders), "sweep") from error
+        if empty and folders:
             self._forget_folder(folders)
         return removed
 

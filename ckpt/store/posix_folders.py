@@ -1,9 +1,10 @@
 """Reach files below a root folder without ever following a symbolic link, and make folders durable.
 
-In: an absolute root and checked keys. Out: open folder descriptors, and `ckpt.errors` classes for `OSError`s. Never opens data.
+In: an absolute root and checked keys. Out: open folder descriptors, and `ckpt.errors` classes for `OSError`s. Never
+opens data.
 
-Every folder on the way is opened relative to the one before with O_NOFOLLOW, so a link planted anywhere below the root is
-refused even when it appears between two calls.
+Every folder on the way is opened relative to the one before with O_NOFOLLOW, so a link planted anywhere below the root
+is refused even when it appears between two calls.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Write one new file from front to back, around the page cache where the file system can.
 
-In: memoryviews of any size and alignment. Out: a durable file. Never replaces a file, and never syncs a descriptor again
-whose sync failed: Linux then calls the lost pages clean, and the second sync would lie.
+In: memoryviews of any size and alignment. Out: a durable file. Never replaces a file, and never syncs a descriptor
+again whose sync failed: Linux then calls the lost pages clean, and the second sync would lie.
 
 Direct I/O takes whole blocks from block-aligned memory. Aligned input goes down as it is; the rest passes through one
 aligned buffer of this writer. The last block is padded and the file then cut to its true size.

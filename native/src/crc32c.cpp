@@ -1,5 +1,6 @@
 // Choose a CRC-32C kernel and run it over one buffer, or over many ranges of one. Never reads outside the buffer.
 
+#include <algorithm>
 #include <atomic>
 
 #include "ckpt_core.h"

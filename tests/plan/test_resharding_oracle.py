@@ -14,9 +14,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ckpt.commit.assemble import Assembler
+from ckpt.config import Options
 from ckpt.engine.pack import Packer, make_program
 from ckpt.engine.read import ReadJob, find_damage, run_reads
-from ckpt.config import Options
 from ckpt.errors import DamagedError
 from ckpt.format import index
 from ckpt.format.image import lay_out, parse_header
@@ -70,7 +70,10 @@ def cases(draw: Any) -> Any:
     for i in range(draw(st.integers(1, 4))):
         shape = tuple(draw(st.lists(st.integers(0, 12), max_size=4)))
         spec = TensorSpec(
-            name=f"t{i}", role=draw(st.sampled_from(["param", "buffer"])), dtype=draw(st.sampled_from(sorted(DTYPES))), shape=shape
+            name=f"t{i}",
+            role=draw(st.sampled_from(["param", "buffer"])),
+            dtype=draw(st.sampled_from(sorted(DTYPES))),
+            shape=shape,
         )
         tensors.append((spec, draw(cut(shape, num_ranks)), draw(cut(shape, num_readers))))
     return num_ranks, num_readers, tensors
@@ -81,7 +84,11 @@ def held(specs: list[TensorSpec], boxes: list[list[Box]], arrays: list[np.ndarra
     rows, memory = [], []
     for tensor, parts in enumerate(boxes):
         for box in parts:
-            local = np.ascontiguousarray(arrays[tensor][box.slices()]) if fill else np.zeros(box.lengths, arrays[tensor].dtype)
+            local = (
+                np.ascontiguousarray(arrays[tensor][box.slices()])
+                if fill
+                else np.zeros(box.lengths, arrays[tensor].dtype)
+            )
             if len(memory) % 2:
                 local = np.asfortranarray(local)
             rows.append((tensor, box))
@@ -131,12 +138,25 @@ def write(num_ranks: int, tensors: Any) -> Any:
         parse_header(layout.header, file="x", file_bytes=len(file))
         files.append(file)
         image = ImageTable(
-            specs=specs, rows=layout.rows, offsets=layout.offsets, nbytes=layout.nbytes,
-            header_bytes=len(layout.header), header_crc32c=crc32c(layout.header),
+            specs=specs,
+            rows=layout.rows,
+            offsets=layout.offsets,
+            nbytes=layout.nbytes,
+            header_bytes=len(layout.header),
+            header_crc32c=crc32c(layout.header),
         )
         receipt = Receipt(
-            rank=rank, world=num_ranks, step=1, attempt="a" * 8, structure=str(rank), file=str(rank),
-            file_bytes=len(file), block_bytes=BLOCK, checksums=packer.checksums, objects=[], image=image,
+            rank=rank,
+            world=num_ranks,
+            step=1,
+            attempt="a" * 8,
+            structure=str(rank),
+            file=str(rank),
+            file_bytes=len(file),
+            block_bytes=BLOCK,
+            checksums=packer.checksums,
+            objects=[],
+            image=image,
         )
         receipts.append(unpack(pack(receipt), name="r"))
     assembled = Assembler("test").assemble(receipts, metadata={}, metrics={}, layout=None)
@@ -162,8 +182,13 @@ def test_any_cut_reads_back_every_element_saved_by_any_other(case: Any) -> None:
         plan = plan_read(fragments, specs, pieces, block_bytes=BLOCK, read_bytes_max=256, gap_bytes_max=16)
         assert not len(uncovered(plan.copies, pieces))
         job = ReadJob(
-            store=MemoryStore(files), keys=[str(i) for i in range(num_ranks)], plan=plan, fragments=fragments,
-            specs=specs, pieces=pieces, options=Options(),
+            store=MemoryStore(files),
+            keys=[str(i) for i in range(num_ranks)],
+            plan=plan,
+            fragments=fragments,
+            specs=specs,
+            pieces=pieces,
+            options=Options(),
         )
         run_reads(job)
         expected = [arrays[i][box.slices()] for i, t in enumerate(tensors) for box in t[2][reader]]
@@ -182,19 +207,29 @@ def test_a_flipped_byte_of_a_fragment_is_found(case: Any, data: Any) -> None:
     row = data.draw(st.integers(0, len(fragments) - 1))
     at = int(fragments.offsets[row]) + data.draw(st.integers(0, int(fragments.nbytes[row]) - 1))
     files[int(fragments.writer[row])][at] ^= 1 << data.draw(st.integers(0, 7))
-    everything = BoxTable.build([(i, Box(offsets=(0,) * len(s.shape), lengths=s.shape)) for i, s in enumerate(specs) if s.nbytes])
+    everything = BoxTable.build(
+        [(i, Box(offsets=(0,) * len(s.shape), lengths=s.shape)) for i, s in enumerate(specs) if s.nbytes]
+    )
     memory = [np.zeros(s.shape, DTYPES[s.dtype]) for s in specs if s.nbytes]
     address = np.array([m.ctypes.data for m in memory], np.uint64)
     strides = np.zeros((len(memory), everything.num_dims), np.int64)
     for i, m in enumerate(memory):
         strides[i, : m.ndim] = m.strides
     pieces = PieceTable(
-        boxes=everything, address=address, limit=address + np.array([m.nbytes for m in memory], np.uint64), strides=strides
+        boxes=everything,
+        address=address,
+        limit=address + np.array([m.nbytes for m in memory], np.uint64),
+        strides=strides,
     )
     plan = plan_read(fragments, specs, pieces, block_bytes=BLOCK, read_bytes_max=256, gap_bytes_max=16)
     job = ReadJob(
-        store=MemoryStore(files), keys=[str(i) for i in range(num_ranks)], plan=plan, fragments=fragments,
-        specs=specs, pieces=pieces, options=Options(),
+        store=MemoryStore(files),
+        keys=[str(i) for i in range(num_ranks)],
+        plan=plan,
+        fragments=fragments,
+        specs=specs,
+        pieces=pieces,
+        options=Options(),
     )
     damage = find_damage(job)
 

@@ -13,8 +13,10 @@ from typing import Any
 import numpy as np
 import torch
 
-from ckpt.format.spec import LocalState, TensorSpec
+from ckpt.format.spec import LocalState, StoredObject, TensorSpec
 from ckpt.state import LoadTarget, SavedWorld, StoredObjectRow, collect, target
+
+Exported = tuple[list[TensorSpec], list[tuple[str, tuple[slice, ...], Any]], list[StoredObject]]
 
 
 def piece_views(local: LocalState) -> Iterable[tuple[TensorSpec, tuple[slice, ...], np.ndarray[Any, Any]]]:
@@ -30,6 +32,11 @@ def piece_views(local: LocalState) -> Iterable[tuple[TensorSpec, tuple[slice, ..
         yield spec, box.slices(), view
 
 
+def export(local: LocalState) -> Exported:
+    """A copy that can be sent to another process."""
+    return local.specs, [(spec.name, slices, view.copy()) for spec, slices, view in piece_views(local)], local.objects
+
+
 class Memory:
     """A checkpoint as whole tensors in memory. Overlapping pieces must agree."""
 
@@ -42,17 +49,22 @@ class Memory:
             self.add(rank, local)
 
     def add(self, rank: int, local: LocalState) -> None:
-        for spec in local.specs:
+        self.add_exported(rank, export(local))
+
+    def add_exported(self, rank: int, exported: Exported) -> None:
+        specs, pieces, objects = exported
+        for spec in specs:
             known = self.specs.setdefault(spec.name, spec)
             assert (known.shape, known.dtype, known.role) == (spec.shape, spec.dtype, spec.role)
             self.bytes.setdefault(spec.name, np.zeros((*spec.shape, spec.itemsize), np.uint8))
             self.covered.setdefault(spec.name, np.zeros(spec.shape, bool))
-        for spec, slices, view in piece_views(local):
+        for name, slices, view in pieces:
+            spec = self.specs[name]
             old, mask = self.bytes[spec.name][slices], self.covered[spec.name][slices]
             assert np.array_equal(old[mask], view[mask]), f"replicas of {spec.name} differ"
             self.bytes[spec.name][slices] = view
             self.covered[spec.name][slices] = True
-        for item in local.objects:
+        for item in objects:
             row = StoredObjectRow(
                 rank=rank, kind=item.kind, payload=item.payload, dp_rank=item.dp_rank, dp_size=item.dp_size
             )
@@ -65,6 +77,8 @@ class Memory:
     def tensor(self, name: str) -> torch.Tensor:
         spec = self.specs[name]
         dtype = getattr(torch, spec.dtype)
+        if 0 in spec.shape:
+            return torch.empty(spec.shape, dtype=dtype)
         flat = torch.from_numpy(self.bytes[name].reshape(-1).copy())
         return flat.view(dtype).reshape(spec.shape)
 

@@ -1,0 +1,279 @@
+// Tests of the core through its C header alone, to be run under the address, undefined and thread sanitizers.
+//
+// Method: heap buffers of exactly the size that the boxes need, so that one byte too far is an error of the sanitizer; random
+// boxes compared with element-by-element copying; refusals; many callers at once. Prints what failed and returns 1.
+
+#include <algorithm>
+#include <cstdint>
+#include <cstdio>
+#include <cstring>
+#include <memory>
+#include <random>
+#include <thread>
+#include <vector>
+
+#include "ckpt_core.h"
+
+namespace {
+
+int failures = 0;
+
+#define CHECK(condition)                                                       \
+  do {                                                                         \
+    if (!(condition)) {                                                        \
+      std::printf("%s:%d: failed: %s\n", __FILE__, __LINE__, #condition);      \
+      ++failures;                                                              \
+    }                                                                          \
+  } while (0)
+
+using Rng = std::mt19937_64;
+
+int64_t draw(Rng& rng, int64_t low, int64_t high) { return std::uniform_int_distribution<int64_t>(low, high)(rng); }
+
+// Columns of boxes over two exactly sized heap buffers.
+struct Boxes {
+  int64_t num_dims;
+  std::vector<uint64_t> source, source_limit, target, target_limit;
+  std::vector<int64_t> lengths, source_strides, target_strides, itemsize;
+  std::unique_ptr<unsigned char[]> from, to;
+  uint64_t from_bytes = 0, to_bytes = 0;
+
+  ckpt_boxes columns() const {
+    return {source.data(),         source_limit.data(),   target.data(),   target_limit.data(),
+            lengths.data(),        source_strides.data(), target_strides.data(), itemsize.data(),
+            static_cast<int64_t>(source.size()), num_dims};
+  }
+};
+
+int64_t extent(const int64_t* lengths, const int64_t* strides, int64_t num_dims, int64_t itemsize) {
+  int64_t bytes = itemsize;
+  for (int64_t d = 0; d < num_dims; ++d) {
+    if (lengths[d] == 0) return 0;
+    bytes += (lengths[d] - 1) * strides[d];
+  }
+  return bytes;
+}
+
+// Strides that nest in a random order of dims, with a gap now and then.
+void draw_strides(Rng& rng, const int64_t* lengths, int64_t num_dims, int64_t itemsize, int64_t* strides) {
+  std::vector<int64_t> order(static_cast<size_t>(num_dims));
+  for (size_t i = 0; i < order.size(); ++i) order[i] = static_cast<int64_t>(i);
+  if (draw(rng, 0, 1)) std::shuffle(order.begin(), order.end(), rng);
+  int64_t bytes = itemsize;
+  for (int64_t d : order) {
+    strides[d] = bytes + (draw(rng, 0, 3) == 0 ? draw(rng, 1, 5) : 0);
+    bytes += (lengths[d] > 0 ? lengths[d] - 1 : 0) * strides[d];
+  }
+}
+
+Boxes draw_boxes(Rng& rng, int64_t num_rows, int64_t num_dims, int64_t length_max) {
+  static const int64_t kItemsizes[] = {1, 2, 3, 4, 8, 16, 24};
+  Boxes boxes;
+  boxes.num_dims = num_dims;
+  const auto cells = static_cast<size_t>(num_rows * num_dims);
+  boxes.lengths.resize(cells);
+  boxes.source_strides.resize(cells);
+  boxes.target_strides.resize(cells);
+  for (int64_t r = 0; r < num_rows; ++r) {
+    const int64_t at = r * num_dims;
+    int64_t* lengths = boxes.lengths.data() + at;
+    const int64_t itemsize = kItemsizes[draw(rng, 0, 6)];
+    for (int64_t d = 0; d < num_dims; ++d) lengths[d] = draw(rng, draw(rng, 0, 9) == 0 ? 0 : 1, length_max);
+    draw_strides(rng, lengths, num_dims, itemsize, boxes.source_strides.data() + at);
+    draw_strides(rng, lengths, num_dims, itemsize, boxes.target_strides.data() + at);
+    boxes.itemsize.push_back(itemsize);
+    boxes.source.push_back(boxes.from_bytes);
+    boxes.target.push_back(boxes.to_bytes);
+    boxes.from_bytes += static_cast<uint64_t>(extent(lengths, boxes.source_strides.data() + at, num_dims, itemsize));
+    boxes.to_bytes += static_cast<uint64_t>(extent(lengths, boxes.target_strides.data() + at, num_dims, itemsize));
+  }
+  boxes.from = std::make_unique<unsigned char[]>(boxes.from_bytes);
+  boxes.to = std::make_unique<unsigned char[]>(boxes.to_bytes);
+  for (uint64_t i = 0; i < boxes.from_bytes; ++i) boxes.from[i] = static_cast<unsigned char>(rng());
+  for (size_t r = 0; r < boxes.source.size(); ++r) {
+    boxes.source[r] += reinterpret_cast<uintptr_t>(boxes.from.get());
+    boxes.target[r] += reinterpret_cast<uintptr_t>(boxes.to.get());
+  }
+  boxes.source_limit.assign(boxes.source.size(), reinterpret_cast<uintptr_t>(boxes.from.get()) + boxes.from_bytes);
+  boxes.target_limit.assign(boxes.target.size(), reinterpret_cast<uintptr_t>(boxes.to.get()) + boxes.to_bytes);
+  return boxes;
+}
+
+// The target as the contract says it must be, one element at a time.
+std::vector<unsigned char> expected_target(const Boxes& boxes) {
+  std::vector<unsigned char> out(boxes.to_bytes, 0);
+  const auto from = reinterpret_cast<uintptr_t>(boxes.from.get());
+  const auto to = reinterpret_cast<uintptr_t>(boxes.to.get());
+  const auto num_dims = static_cast<size_t>(boxes.num_dims);
+  for (size_t r = 0; r < boxes.source.size(); ++r) {
+    int64_t volume = 1;
+    for (size_t d = 0; d < num_dims; ++d) volume *= boxes.lengths[r * num_dims + d];
+    for (int64_t i = 0; i < volume; ++i) {
+      int64_t rest = i;
+      uint64_t source = boxes.source[r] - from, target = boxes.target[r] - to;
+      for (size_t d = num_dims; d-- > 0;) {
+        const size_t at = r * num_dims + d;
+        const int64_t index = rest % boxes.lengths[at];
+        rest /= boxes.lengths[at];
+        source += static_cast<uint64_t>(index * boxes.source_strides[at]);
+        target += static_cast<uint64_t>(index * boxes.target_strides[at]);
+      }
+      std::memcpy(out.data() + target, boxes.from.get() + source, static_cast<size_t>(boxes.itemsize[r]));
+    }
+  }
+  return out;
+}
+
+bool copies_right(const Boxes& boxes, int32_t threads) {
+  const ckpt_boxes columns = boxes.columns();
+  int64_t bad_row = 7;
+  if (ckpt_copy_boxes(&columns, threads, &bad_row) != CKPT_OK || bad_row != -1) return false;
+  const std::vector<unsigned char> expected = expected_target(boxes);
+  return expected.empty() || std::memcmp(expected.data(), boxes.to.get(), expected.size()) == 0;
+}
+
+void test_random_boxes_equal_elementwise_copy() {
+  Rng rng(1);
+  for (int i = 0; i < 300; ++i) CHECK(copies_right(draw_boxes(rng, draw(rng, 0, 6), draw(rng, 0, 5), 5), 1));
+}
+
+void test_large_boxes_split_over_threads() {
+  Rng rng(2);
+  for (int32_t threads = 2; threads <= 4; ++threads) {
+    CHECK(copies_right(draw_boxes(rng, 1, 1, 2000000), threads));
+    CHECK(copies_right(draw_boxes(rng, 3, 2, 1200), threads));
+    CHECK(copies_right(draw_boxes(rng, 4, 3, 90), threads));
+    CHECK(copies_right(draw_boxes(rng, 6000, 2, 12), threads));
+  }
+}
+
+void test_one_byte_short_is_refused_and_nothing_written() {
+  Rng rng(3);
+  for (int i = 0; i < 200; ++i) {
+    Boxes boxes = draw_boxes(rng, 3, 3, 4);
+    const auto bad = static_cast<size_t>(draw(rng, 0, 2));
+    const int64_t* strides = (i % 2 ? boxes.source_strides : boxes.target_strides).data() + bad * 3;
+    const int64_t bytes = extent(boxes.lengths.data() + bad * 3, strides, 3, boxes.itemsize[bad]);
+    if (bytes == 0) continue;
+    auto& limit = i % 2 ? boxes.source_limit : boxes.target_limit;
+    limit[bad] = (i % 2 ? boxes.source : boxes.target)[bad] + static_cast<uint64_t>(bytes) - 1;
+    const ckpt_boxes columns = boxes.columns();
+    int64_t bad_row = -1;
+    CHECK(ckpt_copy_boxes(&columns, 2, &bad_row) == (i % 2 ? CKPT_SOURCE_OUT_OF_BOUNDS : CKPT_TARGET_OUT_OF_BOUNDS));
+    CHECK(bad_row == static_cast<int64_t>(bad));
+    for (uint64_t k = 0; k < boxes.to_bytes; ++k) CHECK(boxes.to[k] == 0);
+  }
+}
+
+// Any 64-bit numbers at all: an answer, never an access outside the buffers. Sizes near the ends of the range are likely.
+void test_hostile_numbers_are_survived() {
+  static const int64_t kNumbers[] = {INT64_MIN, -1, 0, 1, 2, 3, 8, int64_t{1} << 31, int64_t{1} << 62, INT64_MAX};
+  Rng rng(4);
+  for (int i = 0; i < 20000; ++i) {
+    Boxes boxes = draw_boxes(rng, 2, 3, 3);
+    std::vector<int64_t>* columns[] = {&boxes.lengths, &boxes.source_strides, &boxes.target_strides, &boxes.itemsize};
+    for (int change = 0; change < 3; ++change) {
+      std::vector<int64_t>& column = *columns[draw(rng, 0, 3)];
+      column[static_cast<size_t>(draw(rng, 0, static_cast<int64_t>(column.size()) - 1))] = kNumbers[draw(rng, 0, 9)];
+    }
+    const ckpt_boxes view = boxes.columns();
+    int64_t bad_row;
+    const ckpt_status status = ckpt_copy_boxes(&view, 1, &bad_row);
+    CHECK((status == CKPT_OK) == (bad_row == -1));
+  }
+}
+
+void test_null_pointers_and_odd_counts_are_refused() {
+  int64_t bad;
+  ckpt_boxes boxes{};
+  CHECK(ckpt_copy_boxes(&boxes, 1, &bad) == CKPT_OK);
+  boxes.num_rows = 1;
+  CHECK(ckpt_copy_boxes(&boxes, 1, &bad) == CKPT_BAD_ARGUMENT);
+  boxes.num_rows = -1;
+  CHECK(ckpt_copy_boxes(&boxes, 1, &bad) == CKPT_BAD_ARGUMENT);
+  boxes.num_rows = 0;
+  boxes.num_dims = CKPT_DIMS_MAX + 1;
+  CHECK(ckpt_copy_boxes(&boxes, 1, &bad) == CKPT_BAD_ARGUMENT);
+  CHECK(ckpt_copy_boxes(nullptr, 1, &bad) == CKPT_BAD_ARGUMENT);
+  uint32_t out;
+  CHECK(ckpt_crc32c(CKPT_KERNEL_AUTO, nullptr, 1, 0, &out) == CKPT_BAD_ARGUMENT);
+  CHECK(ckpt_crc32c(static_cast<ckpt_kernel>(99), "", 0, 0, &out) == CKPT_NO_KERNEL);
+}
+
+void test_kernels_agree_with_table_at_every_length() {
+  Rng rng(5);
+  uint32_t known = 0;
+  CHECK(ckpt_crc32c(CKPT_KERNEL_AUTO, "123456789", 9, 0, &known) == CKPT_OK && known == 0xE3069283u);
+  for (const ckpt_kernel kernel : {CKPT_KERNEL_AUTO, CKPT_KERNEL_TABLE, CKPT_KERNEL_SSE42, CKPT_KERNEL_ARM}) {
+    uint32_t sum = 0, table = 0;
+    if (!ckpt_kernel_available(kernel)) {
+      CHECK(ckpt_crc32c(kernel, "a", 1, 0, &sum) == CKPT_NO_KERNEL);
+      continue;
+    }
+    for (uint64_t nbytes = 0; nbytes < 60000; nbytes += 1 + nbytes / 40) {
+      auto data = std::make_unique<unsigned char[]>(nbytes);
+      for (uint64_t i = 0; i < nbytes; ++i) data[i] = static_cast<unsigned char>(rng());
+      const uint64_t cut = nbytes / 3;
+      uint32_t head = 0, tail = 0, chained = 0;
+      CHECK(ckpt_crc32c(CKPT_KERNEL_TABLE, data.get(), nbytes, 0, &table) == CKPT_OK);
+      CHECK(ckpt_crc32c(kernel, data.get(), nbytes, 0, &sum) == CKPT_OK && sum == table);
+      CHECK(ckpt_crc32c(kernel, data.get(), cut, 0, &head) == CKPT_OK);
+      CHECK(ckpt_crc32c(kernel, data.get() + cut, nbytes - cut, 0, &tail) == CKPT_OK);
+      CHECK(ckpt_crc32c(kernel, data.get() + cut, nbytes - cut, head, &chained) == CKPT_OK && chained == table);
+      CHECK(ckpt_crc32c_combine(head, tail, nbytes - cut) == table);
+    }
+  }
+}
+
+void test_ranges_on_threads_and_out_of_bounds() {
+  Rng rng(6);
+  std::vector<unsigned char> data(9000000);
+  for (auto& byte : data) byte = static_cast<unsigned char>(rng());
+  std::vector<int64_t> starts, stops;
+  for (int i = 0; i < 300; ++i) {
+    starts.push_back(draw(rng, 0, 9000000));
+    stops.push_back(draw(rng, starts.back(), 9000000));
+  }
+  std::vector<uint32_t> out(300);
+  int64_t bad;
+  CHECK(ckpt_crc32c_ranges(CKPT_KERNEL_AUTO, data.data(), data.size(), starts.data(), stops.data(), 300, 4, out.data(), &bad) ==
+        CKPT_OK);
+  for (size_t i = 0; i < 300; ++i) {
+    uint32_t sum = 0;
+    ckpt_crc32c(CKPT_KERNEL_AUTO, data.data() + starts[i], static_cast<uint64_t>(stops[i] - starts[i]), 0, &sum);
+    CHECK(sum == out[i]);
+  }
+  stops[77] = 9000001;
+  std::vector<uint32_t> untouched(300, 5);
+  CHECK(ckpt_crc32c_ranges(CKPT_KERNEL_AUTO, data.data(), data.size(), starts.data(), stops.data(), 300, 4, untouched.data(),
+                           &bad) == CKPT_SOURCE_OUT_OF_BOUNDS);
+  CHECK(bad == 77);
+  CHECK(untouched == std::vector<uint32_t>(300, 5));
+}
+
+void test_many_callers_at_once() {
+  std::thread callers[4];
+  bool right[4] = {};
+  for (int i = 0; i < 4; ++i)
+    callers[i] = std::thread([i, &right] {
+      Rng rng(static_cast<uint64_t>(100 + i));
+      right[i] = copies_right(draw_boxes(rng, 3, 2, 700), 3);
+    });
+  for (auto& caller : callers) caller.join();
+  for (const bool one : right) CHECK(one);
+}
+
+}  // namespace
+
+int main() {
+  test_random_boxes_equal_elementwise_copy();
+  test_large_boxes_split_over_threads();
+  test_one_byte_short_is_refused_and_nothing_written();
+  test_hostile_numbers_are_survived();
+  test_null_pointers_and_odd_counts_are_refused();
+  test_kernels_agree_with_table_at_every_length();
+  test_ranges_on_threads_and_out_of_bounds();
+  test_many_callers_at_once();
+  std::printf("%s\n", failures == 0 ? "all core tests passed" : "core tests FAILED");
+  return failures == 0 ? 0 : 1;
+}
