@@ -18,7 +18,6 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
-from damaged_copies import OPTIONS, DictStore, Files, everything, parts_of, saved, with_file, with_manifest
 
 import ckpt
 from ckpt.engine.reader import StoredCheckpoint
@@ -26,6 +25,16 @@ from ckpt.errors import DamagedError, InvalidInputError, NotFoundError, VersionE
 from ckpt.format.image import header_nbytes, parse_header
 from ckpt.format.objects import decode
 from ckpt.kernels import crc32c
+from tests.corrupt.damaged_copies import (
+    OPTIONS,
+    DictStore,
+    Files,
+    everything,
+    parts_of,
+    saved,
+    with_file,
+    with_manifest,
+)
 
 STATE = {"m": {"a": torch.arange(8.0), "b": torch.arange(6, dtype=torch.int16).reshape(2, 3)}, "k": {"lr": 0.5}}
 
@@ -208,7 +217,8 @@ COLUMNS: dict[str, tuple[str, str, list[Any], str]] = {
     "too many checksums": ("fragments", "checksums", [[1, 2], [1]], "lies outside its tensor or file"),
     "wrong checksum": ("fragments", "checksums", [[1], [1]], "expected crc32c"),
     "null checksums": ("fragments", "checksums", [None, [1]], "nulls"),
-    "object rank": ("objects", "rank", [5, 0], "lies outside its image"),
+    "object rank": ("objects", "rank", [5, 0], "is of rank 5, expected 0 to 0"),
+    "object writer": ("objects", "writer", [5, 0], "lies outside its image"),
     "object before the file": ("objects", "byte_offset", [-5, 4140], "lies outside its image"),
     "object in the header": ("objects", "byte_offset", [0, 4140], "lies outside its image"),
     "object of negative length": ("objects", "nbytes", [-1, 1024], "lies outside its image"),
@@ -300,7 +310,9 @@ def test_a_row_group_of_very_many_rows_is_refused(files: Files) -> None:
     refused(changed, "a row group has more than")
 
 
-@pytest.mark.parametrize("data", [b"", b"PAR1", b"PAR1" * 4, b"PAR1" + struct.pack("<I", 1 << 31) + b"PAR1", b"\0" * 100])
+@pytest.mark.parametrize(
+    "data", [b"", b"PAR1", b"PAR1" * 4, b"PAR1" + struct.pack("<I", 1 << 31) + b"PAR1", b"\0" * 100]
+)
 def test_a_file_that_is_no_parquet_is_refused(files: Files, data: bytes) -> None:
     for name in ("tensors.parquet", "fragments.parquet", "objects.parquet"):
         refused(with_file(files, name, data), f"{name}` is damaged")
