@@ -17,7 +17,7 @@ import math
 import os
 import threading
 from collections.abc import AsyncIterator, Iterable, Iterator, Mapping, Sequence
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -44,11 +44,7 @@ _BITS = {1: "uint8", 2: "uint16", 4: "uint32", 8: "uint64"}
 def zarr_store(
     url: str | os.PathLike[str],
     *,
-<<<<<<< HEAD
     step: int | None = None,
-=======
-    step: int | Literal["latest"] | None = None,
->>>>>>> formatdocs
     chunk_bytes: int = CHUNK_BYTES,
     options: Options | None = None,
     storage_options: Mapping[str, Any] | None = None,

@@ -54,12 +54,8 @@ class StoredCheckpoint:
         found = self.manifest
         records = (found.tensors, found.fragments, found.objects)
         expected = [index.TENSORS_FILE, index.FRAGMENTS_FILE, index.OBJECTS_FILE]
-<<<<<<< HEAD
-        images = [(rank, names.image_name(rank, len(found.writers))) for rank in range(len(found.writers))]
-=======
         num_writers = len(found.writers)
         images = [(rank, names.image_name(rank, num_writers)) for rank in range(num_writers)]
->>>>>>> formatdocs
         if [record.file for record in records] != expected or [(w.rank, w.file) for w in found.writers] != images:
             raise DamagedError(f"the manifest of step {self.step} names files that are not its own", kind="bad-names")
 
@@ -92,7 +88,9 @@ class StoredCheckpoint:
             odd = [row for row in self._objects if not 0 <= row.rank < self.manifest.world]
             if odd:
                 self._objects = None
-                raise DamagedError(f"object `{odd[0].name}` is of rank {odd[0].rank}, expected 0 to {self.manifest.world - 1}")
+                raise DamagedError(
+                    f"object `{odd[0].name}` is of rank {odd[0].rank}, expected 0 to {self.manifest.world - 1}"
+                )
         return self._objects
 
     def fragments(self, tensors: NDArray[np.integer] | None = None) -> index.FragmentTable:
