@@ -211,7 +211,8 @@ class VerifiedFile(io.RawIOBase):
 
 def _open(file: VerifiedFile, name: str) -> pq.ParquetFile:
     try:
-        return pq.ParquetFile(pa.PythonFile(file, mode="r"))
+        # Without read-ahead: its threads would call into `file`, and made a small index cost 3 ms instead of 0.3.
+        return pq.ParquetFile(pa.PythonFile(file, mode="r"), pre_buffer=False)
     except CheckpointError:
         raise
     except (pa.ArrowException, OSError, ValueError) as error:
@@ -220,7 +221,7 @@ def _open(file: VerifiedFile, name: str) -> pq.ParquetFile:
 
 def unpack_tensors(file: VerifiedFile, *, name: str) -> tuple[list[TensorSpec], Int64Array]:
     """All tensors by id, and [T] how many fragments each has."""
-    table = _open(file, name).read()
+    table = _open(file, name).read(use_threads=False)
     columns = {key: table[key].to_pylist() for key in ("name", "role", "dtype", "shape", "aliases")}
     try:
         specs = [
@@ -246,7 +247,7 @@ def _checked_shape(shape: Sequence[int]) -> tuple[int, ...]:
 
 def unpack_objects(file: VerifiedFile, *, name: str) -> list[ObjectRow]:
     """All object rows."""
-    table = _open(file, name).read()
+    table = _open(file, name).read(use_threads=False)
     absent = [column for column in _OBJECT_FIELDS if column not in table.column_names]
     if absent:
         raise DamagedError(f"`{name}` is damaged: it has no column `{absent[0]}`")
@@ -272,7 +273,7 @@ def unpack_fragments(
         keep[wanted] = True
     groups = _row_groups(parquet, keep)
     try:
-        table = parquet.read_row_groups(groups).combine_chunks()
+        table = parquet.read_row_groups(groups, use_threads=False).combine_chunks()
     except (pa.ArrowException, OSError, ValueError) as error:
         raise DamagedError(f"`{name}` is damaged: {error}") from error
     tensor = table["tensor"].to_numpy().astype(np.int32)
