@@ -103,7 +103,8 @@ def main() -> None:
     report["commit: proof that all tensors are whole"], wrong = timed(lambda: not_tiled(specs, boxes), args.repeats)
     assert not wrong
     report["commit: write the index"], data = timed(lambda: index.pack_fragments(table, dims), args.repeats)
-    tensors_file = index.pack_tensors(specs, np.full(len(specs), args.ranks))
+    counts = np.full(len(specs), args.ranks)
+    tensors_file = index.pack_tensors(specs, counts)
     size = len(data) + len(tensors_file)
     report["index_bytes"], report["index_bytes_per_fragment"] = size, size / len(boxes)
     report["dcp .metadata / index"] = DCP_BYTES_PER_SHARD * len(boxes) / size
@@ -123,7 +124,7 @@ def main() -> None:
         address = np.full(len(wanted), 4096, np.uint64)
         pieces = PieceTable(boxes=wanted, address=address, limit=address, strides=strides)
         file = index.VerifiedFile(record, lambda a, b: data[a:b], name="f")
-        fragments = index.unpack_fragments(file, specs, wanted_ids, block, name="f")
+        fragments = index.unpack_fragments(file, specs, wanted_ids, block, name="f", counts=counts)
         made = plan_read(fragments, specs, pieces, block_bytes=block, read_bytes_max=1 << 24, gap_bytes_max=1 << 14)
         return file.read_nbytes, made
 
