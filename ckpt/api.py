@@ -23,8 +23,9 @@ from ckpt.engine.load import Loaded, Rename, load_state
 from ckpt.engine.read import Progress
 from ckpt.engine.reader import StoredCheckpoint
 from ckpt.engine.save import Attempt, Request, Saved, SaveSession
+from ckpt.engine.torch_world import current_world
 from ckpt.engine.view import Checkpoint
-from ckpt.engine.world import World, current_world
+from ckpt.engine.world import World
 from ckpt.errors import CheckpointError, InvalidInputError, NotFoundError, SaveFailedError
 from ckpt.format.spec import LocalState
 from ckpt.layout.document import to_document

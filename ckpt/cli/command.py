@@ -28,7 +28,7 @@ from ckpt.store.open import open_store
 _Function = TypeVar("_Function", bound=Callable[..., Any])
 
 
-class AddressType(click.ParamType):
+class AddressType(click.ParamType):  # type: ignore[type-arg]  # generic only in new versions of click
     """`URL`, `URL@STEP`, `URL@latest`, `URL@A..B`."""
 
     name = "address"

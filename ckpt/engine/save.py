@@ -37,7 +37,7 @@ from ckpt.format.image import lay_out, padded_object
 from ckpt.format.spec import LocalState, TensorSpec
 from ckpt.kernels import crc32c
 from ckpt.layout.box import BoxTable, Int64Array
-from ckpt.plan.records import box_keys, make_records
+from ckpt.plan.records import box_keys, make_records, mix
 from ckpt.plan.save import plan_save, rows_of_rank
 from ckpt.store.base import Store
 
@@ -223,7 +223,7 @@ class SaveSession:
         rows, piece_of_row = rows_of_rank(plan, self._world.rank, local.specs, local.pieces.boxes)
         return _Planned(
             structure=structure_digest(local),
-            keys=box_keys(records),
+            keys=_piece_keys(records),
             rows=rows,
             piece_of_row=piece_of_row,
             block_bytes=choose_block_bytes(int(plan.load.sum())),
@@ -236,7 +236,7 @@ class SaveSession:
         No collective call. Replicas of a new piece are then written by each holder and the committer keeps one; the next
         save plans together again, because the manifest says that a structure changed.
         """
-        keys = box_keys(make_records(local.specs, local.pieces.boxes))
+        keys = _piece_keys(make_records(local.specs, local.pieces.boxes))
         order = np.argsort(old.keys)
         at = np.minimum(np.searchsorted(old.keys, keys, sorter=order), max(len(order) - 1, 0))
         known = old.keys[order[at]] == keys if len(order) else np.zeros(len(keys), bool)
@@ -433,6 +433,11 @@ class SaveSession:
     def _attempt_id(self) -> str:
         """Shared by all ranks without a word: the session's id and the number of the save in it."""
         return f"{self._session}-{self._count:06d}"
+
+
+def _piece_keys(records: NDArray[np.void]) -> NDArray[np.uint64]:
+    """[N] one key per box of a tensor of this dtype and shape: the corners alone also fit a tensor of another shape."""
+    return mix(box_keys(records) ^ mix(records["size"]))
 
 
 def allocate(nbytes: int) -> NDArray[np.uint8]:

@@ -24,9 +24,7 @@ from ckpt.format.spec import TensorSpec
 from ckpt.layout.box import BoxTable, Int64Array
 
 ALIGN_BYTES = 4096
-OBJECT_SLOT_BYTES = (
-    1024  # an object takes a multiple of this, padded with spaces, so that its growth rarely moves others
-)
+OBJECT_SLOT_BYTES = 1024  # an object takes a multiple of this, padded with spaces: its growth rarely moves others
 OBJECT_PREFIX = "object:"
 
 
@@ -170,11 +168,13 @@ def parse_header(header: bytes, *, file: str, file_bytes: int) -> dict[str, tupl
 
     try:
         entries = json.loads(header[8:].decode(), object_pairs_hook=no_duplicates)
-    except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
+    except (ValueError, RecursionError) as error:  # ValueError: also a number of thousands of digits
         raise bad(f"not JSON ({error})") from error
     if not isinstance(entries, dict):
         raise bad("not an object")
-    entries.pop("__metadata__", None)
+    metadata = entries.pop("__metadata__", {})
+    if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
+        raise bad("`__metadata__` is not an object of texts")
     out = {name: _entry(name, entry, bad, len(header)) for name, entry in entries.items()}
     position = len(header)
     for name, (_, _, start, stop) in sorted(out.items(), key=lambda item: item[1][2:]):
@@ -194,7 +194,7 @@ def _entry(name: str, entry: Any, bad: Any, base: int) -> tuple[str, tuple[int, 
         raise bad(f"entry `{name}` has other fields than dtype, shape, data_offsets")
     code, shape, span = entry["dtype"], entry["shape"], entry["data_offsets"]
     numbers = [*shape, *span] if isinstance(shape, list) and isinstance(span, list) and len(span) == 2 else [-1]
-    if code not in _CODES or any(type(n) is not int or not 0 <= n < 2**63 for n in numbers):
+    if type(code) is not str or code not in _CODES or any(type(n) is not int or not 0 <= n < 2**63 for n in numbers):
         raise bad(f"entry `{name}` is not a tensor")
     if len(shape) > TENSOR_DIMS_MAX + 1:
         raise bad(f"entry `{name}` has {len(shape)} dims")
