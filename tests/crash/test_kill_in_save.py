@@ -1,8 +1,8 @@
 """SIGKILL of one rank or of all ranks at every failpoint that a save reaches, on POSIX and on two kinds of S3 servers.
 
-Goal: the last complete checkpoint loads bit-exactly, a partial one is never listed, gc removes it and only it, the survivors hear
-of it within a stated time, and the step can be saved again. Method: two real ranks save step 1 and die in step 2; the test process
-looks at what is left. The cases of a batch run side by side, because most of their time is waiting for deadlines.
+Goal: the last complete checkpoint loads bit-exactly, a partial one is never listed, gc removes it and only it, the survivors
+hear of it within a stated time, and the step can be saved again. Method: two real ranks save step 1 and die in step 2; the test
+process looks at what is left. The cases of a batch run side by side, because most of their time is waiting for deadlines.
 """
 
 from __future__ import annotations
