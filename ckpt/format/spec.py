@@ -20,7 +20,7 @@ from ckpt.layout.box import BoxTable, Int64Array
 ObjectKind = Literal["replicated", "rank", "loader", "optimizer"]
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, slots=True)
 class TensorSpec:
     """A named global array."""
 
