@@ -14,6 +14,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -22,6 +23,7 @@ import torch
 import ckpt
 from ckpt.engine.reader import StoredCheckpoint
 from ckpt.errors import DamagedError, InvalidInputError, NotFoundError, VersionError
+from ckpt.format import index
 from ckpt.format.image import header_nbytes, parse_header
 from ckpt.format.objects import decode
 from ckpt.kernels import crc32c
@@ -432,3 +434,21 @@ def test_a_missing_step_and_a_missing_run_are_told_apart(files: Files) -> None:
         with pytest.raises(NotFoundError) as caught:
             everything(there, step=9)
         assert caught.value.kind == kind
+
+
+def test_no_damage_of_a_footer_with_statistics_ends_the_process(files: Files) -> None:
+    """pyarrow 26 aborts when it is asked for statistics of a damaged footer, so nothing asks; the fuzz test found it."""
+    data = parquet(table_of(files, "fragments.parquet"), write_statistics=["tensor"])
+    specs = StoredCheckpoint(DictStore(files), 1, OPTIONS).specs
+    footer = len(data) - 8 - struct.unpack("<I", data[-8:-4])[0]
+    outcomes = set()
+    for at in range(footer, len(data) - 8):
+        for value in {0, 3, 36, data[at] ^ 1}:
+            hostile = data[:at] + bytes([value]) + data[at + 1 :]
+            file = index.VerifiedFile(index.file_record("f", hostile), lambda a, b, d=hostile: d[a:b], name="f")
+            try:
+                index.unpack_fragments(file, specs, None, 1 << 16, name="f", counts=np.array([1, 1]))
+                outcomes.add("read")
+            except DamagedError:
+                outcomes.add("refused")
+    assert outcomes == {"read", "refused"}
