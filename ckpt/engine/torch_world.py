@@ -27,9 +27,12 @@ class TorchWorld:
         timeout = datetime.timedelta(seconds=timeout_s)
         ranks = dist.get_process_group_ranks(group) if group is not None else None
         # use_local_synchronization: only the members call, so that a sub-group can save by itself.
-        self._group = dist.new_group(
-            ranks, timeout=timeout, backend="gloo", use_local_synchronization=group is not None
-        )
+        try:
+            self._group = dist.new_group(
+                ranks, timeout=timeout, backend="gloo", use_local_synchronization=group is not None
+            )
+        except RuntimeError as error:  # the store says which rank's key it waited for
+            raise self._missing(error) from error
 
     def all_gather(self, data: NDArray[np.uint8]) -> list[NDArray[np.uint8]]:
         size = torch.tensor([len(data)], dtype=torch.int64)
@@ -55,13 +58,14 @@ class TorchWorld:
         try:
             work.wait()
         except RuntimeError as error:  # gloo says which peer it lost, or that its time is up
-            raise RankFailedError(
-                f"rank {self.rank} of {self.size} waited for the other ranks for up to {self._timeout_s:.0f} s: {error}",
-                kind="rank-missing",
-                hints=(
-                    "every rank must call save or load for the same step; look for the first error in the other ranks",
-                ),
-            ) from error
+            raise self._missing(error) from error
+
+    def _missing(self, error: RuntimeError) -> RankFailedError:
+        return RankFailedError(
+            f"rank {self.rank} of {self.size} waited for the other ranks for up to {self._timeout_s:.0f} s: {error}",
+            kind="rank-missing",
+            hints=("every rank must call save or load for the same step; look for the first error in the other ranks",),
+        )
 
 
 def current_world(group: dist.ProcessGroup | None, timeout_s: float) -> World:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import resource
 import signal
@@ -11,8 +12,6 @@ from typing import Any
 import numpy as np
 import torch
 import torch.distributed as dist
-from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 
 import ckpt
 import ckpt.api
@@ -20,11 +19,13 @@ import ckpt.engine.load
 from ckpt import failpoints
 from ckpt.config import Options
 from ckpt.errors import CheckpointError
+from ckpt.layout.box import Box
 from ckpt.store.testing import FaultyStore
 
 COMMIT_TIMEOUT_S = 3.0
 OUTCOME_GRACE_S = 1.0
-EXCHANGE_TIMEOUT_S = 5.0
+EXCHANGE_TIMEOUT_S = 30.0
+SHORT_EXCHANGE_TIMEOUT_S = 4.0  # where a rank is missing in it
 ROWS, COLUMNS = 96, 64
 OPTIONS = Options(
     commit_timeout_s=COMMIT_TIMEOUT_S,
@@ -42,9 +43,12 @@ Outcome = dict[str, Any]
 
 def state_of(step: int) -> dict[str, Any]:
     """A tensor cut over the ranks, one that all have, and an object."""
-    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+    rank, each = dist.get_rank(), ROWS // dist.get_world_size()
+    # Annotated, not a DTensor: the first one costs half a second of imports, and here processes live for one save.
+    cut = cut_values(step)[rank * each : (rank + 1) * each].clone()
+    box = Box(offsets=(rank * each, 0), lengths=(each, COLUMNS))
     return {
-        "cut": distribute_tensor(cut_values(step), mesh, [Shard(0)]),
+        "cut": ckpt.annotate(cut, shape=(ROWS, COLUMNS), boxes=[(box, (0, 0))]),
         "whole": torch.arange(50.0) + step,
         "progress": {"step": step},
     }
@@ -58,8 +62,7 @@ def cut_values(step: int) -> torch.Tensor:
 def change_to(state: dict[str, Any], step: int) -> None:
     """The state of another step, in place."""
     rank, each = dist.get_rank(), ROWS // dist.get_world_size()
-    local: DTensor = state["cut"]
-    local.to_local().copy_(cut_values(step)[rank * each : (rank + 1) * each])
+    state["cut"].copy_(cut_values(step)[rank * each : (rank + 1) * each])
     state["whole"].copy_(torch.arange(50.0) + step)
     state["progress"] = {"step": step}
 
@@ -97,21 +100,26 @@ def _save(state: dict[str, Any], url: str, step: int, mode: str) -> None:
 # Ranks that are missing while the others exchange
 
 
-def die_before_first_save(url: str) -> Outcome:
-    """Rank 1 is gone when rank 0 waits for it in the exchange of its first save."""
+def die_before_first_save(url: str, with_group: bool) -> Outcome:
+    """Rank 1 is gone when rank 0 waits for it. `with_group`: it dies after ckpt's own group was made."""
     state = state_of(1)
+    options = dataclasses.replace(OPTIONS, exchange_timeout_s=SHORT_EXCHANGE_TIMEOUT_S)
+    if with_group:
+        ckpt.api._run_of(url, None, options, None)
     if dist.get_rank() == 1:
         os.kill(os.getpid(), signal.SIGKILL)
-    return outcome_of(lambda: _save(state, url, 1, "sync"))
+    return outcome_of(lambda: ckpt.save(state, url, step=1, options=options))
 
 
-def stop_before_first_save(url: str) -> Outcome:
-    """Rank 1 is there and does nothing for longer than rank 0 waits."""
+def stop_before_first_save(url: str, with_group: bool) -> Outcome:
+    """Rank 1 is there and does nothing for longer than rank 0 waits. `with_group`: it is there for ckpt's own group."""
     state = state_of(1)
-    run = ckpt.Checkpointer(url, every=1, background=False, options=OPTIONS)  # makes the group of both
+    options = dataclasses.replace(OPTIONS, exchange_timeout_s=SHORT_EXCHANGE_TIMEOUT_S)
+    if with_group:
+        ckpt.api._run_of(url, None, options, None)
     if dist.get_rank() == 1:
-        time.sleep(EXCHANGE_TIMEOUT_S + 3.0)
-    return outcome_of(lambda: run.step(1, state))
+        time.sleep(SHORT_EXCHANGE_TIMEOUT_S + 3.0)
+    return outcome_of(lambda: ckpt.save(state, url, step=1, options=options))
 
 
 def die_in_load(url: str) -> Outcome:

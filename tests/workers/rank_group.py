@@ -23,7 +23,9 @@ PRELOAD = [
     "torch.distributed.tensor.parallel",
     "ckpt",
     "ckpt.store.s3",
+    "tests.workers.crashing",
     "tests.workers.layouts",
+    "tests.workers.refusals",
 ]
 START_TIMEOUT_S = 120.0
 _END_TIMEOUT_S = 10.0
