@@ -10,7 +10,7 @@ from collections.abc import Mapping
 import torch
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Replicate, Shard
-from torch.distributed.tensor.placement_types import Placement
+from torch.distributed.tensor.placement_types import Placement, _StridedShard
 
 State = dict[str, torch.Tensor]
 Shapes = dict[str, tuple[tuple[int, ...], torch.dtype]]
@@ -72,8 +72,9 @@ def sharded(shapes: Shapes, mesh: DeviceMesh, placements: Mapping[str, tuple[Pla
     state: State = {}
     for number, (name, (shape, dtype)) in enumerate(shapes.items()):
         local = whole(number, shape, dtype) if fill else torch.zeros(shape, dtype=dtype)
-        for axis, placement in enumerate(placements[name]):
-            if isinstance(placement, Shard):
+        # From the last mesh axis to the first: where both cut one dim, tensor parallelism has cut before FSDP does.
+        for axis, placement in reversed(list(enumerate(placements[name]))):
+            if isinstance(placement, Shard | _StridedShard):
                 parts = local.chunk(mesh.size(axis), placement.dim)
                 at = mesh.get_local_rank(axis)
                 local = parts[at] if at < len(parts) else local.narrow(placement.dim, 0, 0)
