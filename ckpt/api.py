@@ -27,6 +27,7 @@ from ckpt.engine.view import Checkpoint
 from ckpt.engine.world import World, current_world
 from ckpt.errors import CheckpointError, InvalidInputError, NotFoundError, SaveFailedError
 from ckpt.format.spec import LocalState
+from ckpt.layout.document import to_document
 from ckpt.layout.layout import Layout
 from ckpt.state import collect
 from ckpt.store.base import Store
@@ -227,11 +228,11 @@ def load(
 def open(  # noqa: A001 - `ckpt.open` reads like what it does
     url: Url,
     *,
-    step: int | str | None = None,
+    step: int | None = None,
     options: Options | None = None,
     storage_options: Mapping[str, Any] | None = None,
 ) -> Checkpoint:
-    """Open checkpoint `step` (a number, or "latest" = None) for reading. Needs no process group and no model.
+    """Open checkpoint `step` (the newest complete one when None) for reading. Needs no process group and no model.
 
     `checkpoint["model/layers.3.wq.weight"][128:256]` reads just those rows (rounded to checksum blocks).
     """
@@ -264,7 +265,8 @@ def _open_together(run: Run, step: int | None) -> StoredCheckpoint:
 def _request(step: int, metrics: Any, metadata: Any, layout: Layout | None) -> Request:
     if type(step) is not int or step < 0:
         raise InvalidInputError(f"step must be a whole number from 0 on, found {step!r}")
-    return Request(step=step, metrics=dict(metrics or {}), metadata=dict(metadata or {}), layout=None)
+    document = None if layout is None else to_document(layout)
+    return Request(step=step, metrics=dict(metrics or {}), metadata=dict(metadata or {}), layout=document)
 
 
 def _first_line(error: BaseException) -> str:

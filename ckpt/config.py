@@ -29,17 +29,17 @@ class Options:
     write_buffers: int = 3  # buffers of the write path per save
     read_bytes_max: int = 16 * MIB  # one read
     read_gap_bytes_max: int = 16 * KIB  # two ranges nearer than this are read as one
-    read_threads: int = 4
+    read_threads: int = 4  # reads of one load in flight
     exchange: str = (
-        "auto"  # ranks that load share their reads: "auto" (when it saves over 2 % of the bytes), "always", "never"
+        "auto"  # whether ranks that load share their reads: auto (if it saves over 2 % of bytes), always, never
     )
     exchange_ranks_max: int = 64  # larger worlds read alone
     exchange_round_bytes: int = 128 * MIB  # per rank and round
     part_bytes: int = 16 * MIB  # one part of a multipart upload
     store_threads: int = 8  # requests in flight to an object store
     store_attempts: int = 5  # tries of one request to an object store
-    connect_timeout_s: float = 10.0
-    read_timeout_s: float = 60.0
+    connect_timeout_s: float = 10.0  # to an object store
+    read_timeout_s: float = 60.0  # one answer of an object store
     claim_ttl_s: float = 900.0  # stores without conditional writes: a claim older than this is dead
     gc_grace_s: float = 3600.0  # unpublished attempts younger than this are kept by gc
     direct_io: bool = True  # write images around the page cache where the file system can
@@ -79,7 +79,13 @@ def _parse(name: str, text: str, kind: type) -> object:
 # Limits of the format (docs/reference/format.md); a file beyond them is refused, not read.
 HEADER_BYTES_MAX = 100_000_000  # of an image; safetensors' own limit
 MANIFEST_BYTES_MAX = 64 * MIB
+WORLD_MAX = 10**9 - 1  # ranks of one job
+BLOCK_BYTES_LIMIT = 16 * MIB  # of one checksum: a reader holds at least one block
+INDEX_ROWS_MAX = 1 << 30  # of one file of the index
+ROW_GROUP_ROWS_MAX = 1 << 16  # of one Parquet row group of the index
 TENSOR_DIMS_MAX = 32
+TENSOR_BYTES_MAX = 1 << 62  # of all tensors of a checkpoint together, so that no product of lengths overflows
+TENSOR_NAME_BYTES_MAX = 1024  # UTF-8
 OBJECT_BYTES_MAX = 256 * MIB
 OBJECT_DEPTH_MAX = 100  # containers within containers in one typed tree
 OBJECT_NODES_MAX = 16 * 1024 * 1024  # values in one typed tree

@@ -1,0 +1,1 @@
+"""What ckpt looks like in use; see README.md in this folder."""

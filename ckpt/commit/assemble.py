@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from ckpt.commit.saved_layout import saved_layout
 from ckpt.errors import DamagedError, InvalidInputError, RankFailedError
 from ckpt.format import index, manifest
 from ckpt.format.checksum import num_blocks
@@ -44,6 +45,7 @@ class _Merged:
     writer: NDArray[np.int32]
     offsets: Int64Array
     nbytes: Int64Array
+    layout: dict[str, Any] | None
     blocks: Int64Array  # [B] where each block's checksum is in the receipts' checksums, end to end
     block_starts: Int64Array
     tensors_file: bytes
@@ -64,12 +66,13 @@ class Assembler:
         *,
         metadata: dict[str, Any],
         metrics: dict[str, float],
-        layout: dict[str, Any] | None,
+        layout: dict[str, Any] | None = None,
     ) -> Assembled:
         """The index and manifest of one attempt.
 
         Args:
             receipts: in rank order, one of every rank.
+            layout: the layout document to store; None stores what the ranks say of themselves.
 
         Raises:
             RankFailedError: receipts of different attempts, steps or worlds; ranks that describe a tensor differently.
@@ -113,7 +116,7 @@ class Assembler:
                 fragments=record[index.FRAGMENTS_FILE],
                 objects=record[index.OBJECTS_FILE],
                 writers=[_writer_record(receipt) for receipt in receipts],
-                layout=layout,
+                layout=layout or merged.layout,
                 metadata=metadata,
                 metrics=metrics,
                 structure_changed=any(receipt.extra.get("structure_changed") for receipt in receipts),
@@ -191,6 +194,7 @@ def _merge(receipts: Sequence[Receipt]) -> _Merged:
         writer=np.repeat(np.arange(len(receipts), dtype=np.int32), counts)[order],
         offsets=np.concatenate(position)[order],
         nbytes=sizes[order],
+        layout=saved_layout([receipt.extra.get("tensors") for receipt in receipts], specs),
         blocks=np.repeat(first_block[order], blocks_of[order]) + arange_per(blocks_of[order]),
         block_starts=block_starts,
         tensors_file=index.pack_tensors(specs, np.bincount(merged.tensor, minlength=len(specs))),

@@ -245,7 +245,7 @@ def _object_rows(stored: StoredCheckpoint, name: str) -> list[StoredObjectRow]:
 
 def _saved_world(stored: StoredCheckpoint, local: LocalState, world: World) -> SavedWorld:
     """Whether every rank holds the parameters that the rank of its number held: all ranks are asked."""
-    writers = stored.manifest.writers
-    same = len(writers) == world.size and writers[world.rank].layout == layout_digest(local)
+    layouts = stored.manifest.layouts_by_rank
+    same = len(layouts) == world.size and layouts[world.rank] == layout_digest(local)
     answers = world.all_gather(np.array([same], np.uint8))
     return SavedWorld(world=stored.manifest.world, same_layout=all(bool(answer[0]) for answer in answers))

@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ckpt.config import Options
-from ckpt.errors import CheckpointError, DamagedError
+from ckpt.errors import CheckpointError, DamagedError, NotFoundError
 from ckpt.format.index import FragmentTable
 from ckpt.format.spec import PieceTable, TensorSpec
 from ckpt.kernels import copy_boxes, crc32c_ranges
@@ -102,10 +102,11 @@ def _read_chunk(job: ReadJob, chunk: int, buffer: NDArray[np.uint8]) -> list[Dam
     key = job.keys[int(plan.writer[chunk])]
     data = buffer[: stop - start]
     try:
-        job.store.read_into(key, start, memoryview(data))
-    except DamagedError as error:
-        fragment = int(plan.block_fragment[plan.block_starts[chunk]])
-        return [Damage(key=key, start=start, stop=stop, tensor=_tensor(job, fragment), message=error.message)]
+        job.store.read_into(key, start, data.data)
+    except (DamagedError, NotFoundError) as error:  # an image that a manifest names and that is gone is damage
+        tensor = _tensor(job, int(plan.block_fragment[plan.block_starts[chunk]]))
+        message = f"tensor `{tensor}` is damaged: bytes [{start}, {stop}) of `{key}`: {error.message}"
+        return [Damage(key=key, start=start, stop=stop, tensor=tensor, message=message)]
     blocks = slice(int(plan.block_starts[chunk]), int(plan.block_starts[chunk + 1]))
     low, high = plan.block_start[blocks] - start, plan.block_stop[blocks] - start
     found = crc32c_ranges(data, low, high)

@@ -6,21 +6,25 @@ the manifest, reads of data against the index. Any thread may read; nothing is w
 
 from __future__ import annotations
 
+import secrets
 from collections.abc import Sequence
+from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
 from ckpt.commit import names
 from ckpt.commit.find import resolve
-from ckpt.config import Options
+from ckpt.config import MANIFEST_BYTES_MAX, OBJECT_BYTES_MAX, Options
 from ckpt.engine.read import Progress, ReadJob, run_reads
 from ckpt.errors import DamagedError, NotFoundError
 from ckpt.format import index, manifest
 from ckpt.format.checksum import sha256
+from ckpt.format.image import OBJECT_SLOT_BYTES
 from ckpt.format.manifest import FileRecord, Manifest
 from ckpt.format.receipt import ObjectRow
 from ckpt.format.spec import PieceTable, TensorSpec
+from ckpt.plan.cover import not_in_order
 from ckpt.plan.read import ReadPlan, plan_read, uncovered
 from ckpt.store.base import Store
 
@@ -28,11 +32,11 @@ from ckpt.store.base import Store
 class StoredCheckpoint:
     """A complete checkpoint. `step` and `manifest` are known; the index is read when it is first needed."""
 
-    def __init__(self, store: Store, step: int | str, options: Options) -> None:
+    def __init__(self, store: Store, step: int | Literal["latest"], options: Options) -> None:
         self.store, self.options = store, options
         self.step: int = resolve(store, step)
         key = names.manifest_key(self.step)
-        self.manifest: Manifest = manifest.unpack(store.read(key), name=key)
+        self.manifest: Manifest = manifest.unpack(self._read_manifest(key), name=key)
         if self.manifest.step != self.step or not names.is_attempt(self.manifest.attempt):
             raise DamagedError(f"`{key}` is the manifest of step {self.manifest.step}, expected {self.step}")
         self._check_names()
@@ -40,12 +44,18 @@ class StoredCheckpoint:
         self._objects: list[ObjectRow] | None = None
         self.index_nbytes = 0  # read so far
 
+    def _read_manifest(self, key: str) -> bytes:
+        nbytes = self.store.size(key)
+        if nbytes > MANIFEST_BYTES_MAX:
+            raise DamagedError(f"`{key}` is damaged: {nbytes} bytes are too many for a manifest")
+        return self.store.read(key)
+
     def _check_names(self) -> None:
         found = self.manifest
         records = (found.tensors, found.fragments, found.objects)
         expected = [index.TENSORS_FILE, index.FRAGMENTS_FILE, index.OBJECTS_FILE]
-        images = [names.image_name(rank, found.world) for rank in range(found.world)]
-        if [record.file for record in records] != expected or [writer.file for writer in found.writers] != images:
+        images = [(rank, names.image_name(rank, len(found.writers))) for rank in range(len(found.writers))]
+        if [record.file for record in records] != expected or [(w.rank, w.file) for w in found.writers] != images:
             raise DamagedError(f"the manifest of step {self.step} names files that are not its own", kind="bad-names")
 
     @property
@@ -62,9 +72,9 @@ class StoredCheckpoint:
     def specs(self) -> list[TensorSpec]:
         """All tensors, by id; sorted by name."""
         if self._specs is None:
-            self._specs, _ = index.unpack_tensors(
-                self._file(self.manifest.tensors), name=self._key(self.manifest.tensors)
-            )
+            record = self.manifest.tensors
+            file = self._file(record)
+            self._specs, _ = index.unpack_tensors(file, name=self._key(record), num_rows=self.manifest.num_tensors)
         return self._specs
 
     @property
@@ -80,8 +90,22 @@ class StoredCheckpoint:
         """Fragments of the tensors with these ids; of all when None."""
         record = self.manifest.fragments
         file = self._file(record, whole=tensors is None or len(tensors) * 2 > len(self.specs))
-        table = index.unpack_fragments(file, self.specs, tensors, self.manifest.block_bytes, name=self._key(record))
+        table = index.unpack_fragments(
+            file,
+            self.specs,
+            tensors,
+            self.manifest.block_bytes,
+            name=self._key(record),
+            num_rows=self.manifest.num_fragments,
+        )
         self._check_places(table)
+        # Fragments that overlap could add up to a whole and leave elements unread. The random seed lets none be made to fit.
+        wrong = not_in_order(self.specs, table.boxes, seed=secrets.randbits(32))
+        if wrong:
+            name = self.specs[wrong[0]].name
+            raise DamagedError(
+                f"the index of step {self.step} is damaged: the fragments of `{name}` overlap or are not in order"
+            )
         return table
 
     def _check_places(self, table: index.FragmentTable) -> None:
@@ -89,7 +113,7 @@ class StoredCheckpoint:
         headers = np.array([writer.header_bytes for writer in self.manifest.writers], np.int64)
         bad = (table.writer < 0) | (table.writer >= len(sizes))
         if not bad.any():
-            bad = (table.offsets < headers[table.writer]) | (table.offsets + table.nbytes > sizes[table.writer])
+            bad = (table.offsets < headers[table.writer]) | (table.offsets > sizes[table.writer] - table.nbytes)
         if bad.any():
             name = self.specs[int(table.boxes.tensor[np.argmax(bad)])].name
             raise DamagedError(
@@ -133,14 +157,19 @@ class StoredCheckpoint:
 
     def read_object(self, row: ObjectRow) -> bytes:
         """One object's bytes, verified."""
-        writer = self.manifest.writers[row.rank] if 0 <= row.rank < len(self.manifest.writers) else None
+        writer = self.manifest.writers[row.writer] if 0 <= row.writer < len(self.manifest.writers) else None
+        if row.nbytes > OBJECT_BYTES_MAX + OBJECT_SLOT_BYTES:
+            raise DamagedError(f"object `{row.name}` of rank {row.rank} is damaged: {row.nbytes} bytes are too many")
         if (
             writer is None
             or not writer.header_bytes <= row.byte_offset <= row.byte_offset + row.nbytes <= writer.nbytes
         ):
             raise DamagedError(f"object `{row.name}` of rank {row.rank} lies outside its image")
         key = f"{self.folder}/{writer.file}"
-        data = self.store.read(key, row.byte_offset, row.byte_offset + row.nbytes)
+        try:
+            data = self.store.read(key, row.byte_offset, row.byte_offset + row.nbytes)
+        except NotFoundError as error:
+            raise DamagedError(f"`{key}` is missing from a complete checkpoint", kind="missing-file") from error
         if sha256(data) != row.digest:
             raise DamagedError(
                 f"object `{row.name}` of rank {row.rank} is damaged: bytes [{row.byte_offset}, "

@@ -12,6 +12,7 @@ import logging
 import mmap
 import time
 from collections import deque
+from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any
@@ -36,7 +37,7 @@ from ckpt.format.image import lay_out, padded_object
 from ckpt.format.spec import LocalState, TensorSpec
 from ckpt.kernels import crc32c
 from ckpt.layout.box import BoxTable, Int64Array
-from ckpt.plan.records import box_keys, make_records
+from ckpt.plan.records import box_keys, make_records, mix
 from ckpt.plan.save import plan_save, rows_of_rank
 from ckpt.store.base import Store
 
@@ -89,6 +90,7 @@ class Attempt:
     objects: list[receipt.ObjectRow]
     block_bytes: int
     layout_digest: str
+    describe: Callable[[], dict[str, Any] | None]
     changed: bool
     staged: NDArray[np.uint8] | None
     seconds: dict[str, float]
@@ -191,6 +193,7 @@ class SaveSession:
             objects=self._object_rows(local, payloads, program),
             block_bytes=planned.block_bytes,
             layout_digest=planned.layout_digest,
+            describe=local.describe,
             changed=changed,
             staged=None,
             seconds={"plan": time.perf_counter() - start},
@@ -220,7 +223,7 @@ class SaveSession:
         rows, piece_of_row = rows_of_rank(plan, self._world.rank, local.specs, local.pieces.boxes)
         return _Planned(
             structure=structure_digest(local),
-            keys=box_keys(records),
+            keys=_piece_keys(records),
             rows=rows,
             piece_of_row=piece_of_row,
             block_bytes=choose_block_bytes(int(plan.load.sum())),
@@ -233,7 +236,7 @@ class SaveSession:
         No collective call. Replicas of a new piece are then written by each holder and the committer keeps one; the next
         save plans together again, because the manifest says that a structure changed.
         """
-        keys = box_keys(make_records(local.specs, local.pieces.boxes))
+        keys = _piece_keys(make_records(local.specs, local.pieces.boxes))
         order = np.argsort(old.keys)
         at = np.minimum(np.searchsorted(old.keys, keys, sorter=order), max(len(order) - 1, 0))
         known = old.keys[order[at]] == keys if len(order) else np.zeros(len(keys), bool)
@@ -277,6 +280,7 @@ class SaveSession:
                 name=obj.name,
                 kind=obj.kind,
                 rank=self._world.rank,
+                writer=self._world.rank,
                 dp_rank=obj.dp_rank,
                 dp_size=obj.dp_size,
                 digest=sha256(data),
@@ -309,7 +313,7 @@ class SaveSession:
                 low, high = attempt.program.chunk_range(chunk)
                 if len(pending) >= self._options.write_buffers:
                     pending.popleft().result()
-                pending.append(pool.submit(writer.write, memoryview(image[low:high])))
+                pending.append(pool.submit(writer.write, image[low:high].data))
                 attempt.packer.checksum(chunk, image[low:high])
             for future in pending:
                 future.result()
@@ -330,7 +334,7 @@ class SaveSession:
                 low, high = attempt.program.chunk_range(chunk)
                 attempt.packer.fill(chunk, buffer)
                 attempt.packer.checksum(chunk, buffer)
-                pending.append((pool.submit(writer.write, memoryview(buffer[: high - low])), buffer))
+                pending.append((pool.submit(writer.write, buffer[: high - low].data), buffer))
                 failpoints.hit("save.in-image")
             for future, _ in pending:
                 future.result()
@@ -352,7 +356,11 @@ class SaveSession:
             checksums=attempt.packer.checksums,
             objects=attempt.objects,
             image=attempt.image if self._sent != attempt.image_digest else None,
-            extra={"structure_changed": attempt.changed, "layout": attempt.layout_digest},
+            extra={
+                "structure_changed": attempt.changed,
+                "layout": attempt.layout_digest,
+                "tensors": attempt.describe() if self._sent != attempt.image_digest else None,
+            },
         )
 
     # the outcome
@@ -425,6 +433,11 @@ class SaveSession:
     def _attempt_id(self) -> str:
         """Shared by all ranks without a word: the session's id and the number of the save in it."""
         return f"{self._session}-{self._count:06d}"
+
+
+def _piece_keys(records: NDArray[np.void]) -> NDArray[np.uint64]:
+    """[N] one key per box of a tensor of this dtype and shape: the corners alone also fit a tensor of another shape."""
+    return mix(box_keys(records) ^ mix(records["size"]))
 
 
 def allocate(nbytes: int) -> NDArray[np.uint8]:

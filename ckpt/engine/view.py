@@ -78,7 +78,9 @@ def _resolve(index: Index, spec: TensorSpec) -> tuple[list[int], list[int], tupl
     at = next((i for i, part in enumerate(parts) if part is Ellipsis), len(parts))
     fill = [slice(None)] * (num_dims - len([p for p in parts if p is not Ellipsis]))
     parts = [*parts[:at], *fill, *parts[at + 1 :]]
-    starts, lengths, local = [], [], []
+    starts: list[int] = []
+    lengths: list[int] = []
+    local: list[int | slice] = []
     for part, length in zip(parts, spec.shape, strict=True):
         if isinstance(part, slice):
             start, stop, step = part.indices(length)
@@ -135,7 +137,7 @@ class Checkpoint(Mapping[str, TensorView]):
     def __contains__(self, name: object) -> bool:
         return name in self._ids
 
-    def object(self, name: str, *, rank: int = 0) -> Any:
+    def read_object(self, name: str, *, rank: int = 0) -> Any:
         """The non-tensor state of `name` ("scheduler", ...) that rank `rank` saved, as a plain tree."""
         for row in self._stored.objects:
             if row.name == name and row.rank == rank:

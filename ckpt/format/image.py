@@ -27,7 +27,7 @@ ALIGN_BYTES = 4096
 OBJECT_SLOT_BYTES = (
     1024  # an object takes a multiple of this, padded with spaces, so that its growth rarely moves others
 )
-_OBJECT_PREFIX = "object:"
+OBJECT_PREFIX = "object:"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,7 +60,7 @@ def lay_out(specs: Sequence[TensorSpec], boxes: BoxTable, objects: Sequence[tupl
     """
     itemsizes = np.array([spec.itemsize for spec in specs], np.int64)[boxes.tensor]
     keys = [boxes.offsets[:, dim] for dim in reversed(range(boxes.num_dims))]
-    order = np.lexsort((*keys, boxes.tensor, -itemsizes)).astype(np.int64)
+    order = np.lexsort([*keys, boxes.tensor.astype(np.int64), -itemsizes]).astype(np.int64)
     rows = boxes.take(order)
     nbytes = rows.volumes() * itemsizes[order]
     ends = np.cumsum(nbytes)
@@ -88,6 +88,17 @@ def fragment_key(spec: TensorSpec, offsets: Sequence[int], lengths: Sequence[int
     return f"{spec.name}@[{','.join(f'{o}:{o + n}' for o, n in zip(offsets, lengths, strict=True))}]"
 
 
+def object_key(name: str, *, rank: int, writer: int) -> str:
+    """The name of an object in an image, without its prefix: the rank stands in it when another rank's image holds it."""
+    return name if rank == writer else f"{name}@{rank}"
+
+
+def header_entry(spec: TensorSpec, lengths: Sequence[int]) -> tuple[str, tuple[int, ...]]:
+    """(safetensors dtype, shape) that the header has for a fragment of these lengths."""
+    code, shape = _stored_as(spec.dtype, list(lengths))
+    return code, tuple(shape)
+
+
 def _header(
     specs: Sequence[TensorSpec],
     rows: BoxTable,
@@ -108,7 +119,7 @@ def _header(
             "data_offsets": [start, end],
         }
     for (name, size), end in zip(objects, object_ends.tolist(), strict=True):
-        entries[_OBJECT_PREFIX + name] = {"dtype": "U8", "shape": [size], "data_offsets": [end - size, end]}
+        entries[OBJECT_PREFIX + name] = {"dtype": "U8", "shape": [size], "data_offsets": [end - size, end]}
     if len(entries) != 1 + len(rows) + len(objects):
         raise InvalidInputError(
             "two fragments of this rank would have the same name in its image", kind="name-collision"
@@ -159,11 +170,13 @@ def parse_header(header: bytes, *, file: str, file_bytes: int) -> dict[str, tupl
 
     try:
         entries = json.loads(header[8:].decode(), object_pairs_hook=no_duplicates)
-    except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
+    except (ValueError, RecursionError) as error:  # ValueError: also a number of thousands of digits
         raise bad(f"not JSON ({error})") from error
     if not isinstance(entries, dict):
         raise bad("not an object")
-    entries.pop("__metadata__", None)
+    metadata = entries.pop("__metadata__", {})
+    if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
+        raise bad("`__metadata__` is not an object of texts")
     out = {name: _entry(name, entry, bad, len(header)) for name, entry in entries.items()}
     position = len(header)
     for name, (_, _, start, stop) in sorted(out.items(), key=lambda item: item[1][2:]):
@@ -183,7 +196,7 @@ def _entry(name: str, entry: Any, bad: Any, base: int) -> tuple[str, tuple[int, 
         raise bad(f"entry `{name}` has other fields than dtype, shape, data_offsets")
     code, shape, span = entry["dtype"], entry["shape"], entry["data_offsets"]
     numbers = [*shape, *span] if isinstance(shape, list) and isinstance(span, list) and len(span) == 2 else [-1]
-    if code not in _CODES or any(type(n) is not int or not 0 <= n < 2**63 for n in numbers):
+    if type(code) is not str or code not in _CODES or any(type(n) is not int or not 0 <= n < 2**63 for n in numbers):
         raise bad(f"entry `{name}` is not a tensor")
     if len(shape) > TENSOR_DIMS_MAX + 1:
         raise bad(f"entry `{name}` has {len(shape)} dims")

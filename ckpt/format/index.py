@@ -6,8 +6,9 @@ wanted. Pure: bytes come through a `read(start, stop)` callable. The columns are
 
 from __future__ import annotations
 
+import contextlib
 import io
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,12 +17,12 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
-from ckpt.config import TENSOR_DIMS_MAX
+from ckpt.config import INDEX_ROWS_MAX, ROW_GROUP_ROWS_MAX, TENSOR_BYTES_MAX, TENSOR_DIMS_MAX
 from ckpt.errors import CheckpointError, DamagedError
 from ckpt.format.checksum import num_blocks, sha256
 from ckpt.format.manifest import FileRecord
 from ckpt.format.receipt import ObjectRow
-from ckpt.format.spec import TensorSpec, global_shapes
+from ckpt.format.spec import OBJECT_KINDS, TensorSpec, global_shapes
 from ckpt.kernels import crc32c_ranges
 from ckpt.layout.box import BoxTable, Int64Array
 
@@ -29,7 +30,7 @@ TENSORS_FILE = "tensors.parquet"
 FRAGMENTS_FILE = "fragments.parquet"
 OBJECTS_FILE = "objects.parquet"
 INDEX_BLOCK_BYTES = 1 << 18
-ROW_GROUP_ROWS = 1 << 16
+ROW_GROUP_ROWS = ROW_GROUP_ROWS_MAX
 PARTIAL_BYTES_MIN = 1 << 21  # a smaller index file is read whole
 
 
@@ -50,19 +51,17 @@ class FragmentTable:
 
 def pack_tensors(specs: Sequence[TensorSpec], num_fragments: Int64Array) -> bytes:
     """tensors.parquet: one row per tensor; its id is its row number."""
-    names = [spec.name for spec in specs]
-    table = pa.table(
-        {
-            "id": pa.array(range(len(specs)), pa.int32()),
-            "name": pa.array(names, pa.string()),
-            "role": pa.array([spec.role for spec in specs], pa.string()),
-            "dtype": pa.array([spec.dtype for spec in specs], pa.string()),
-            "shape": pa.array([list(spec.shape) for spec in specs], pa.list_(pa.int64())),
-            "aliases": pa.array([list(spec.aliases) for spec in specs], pa.list_(pa.string())),
-            "nbytes": pa.array([spec.nbytes for spec in specs], pa.int64()),
-            "num_fragments": pa.array(num_fragments, pa.int64()),
-        }
-    )
+    columns: dict[str, Any] = {
+        "id": range(len(specs)),
+        "name": [spec.name for spec in specs],
+        "role": [spec.role for spec in specs],
+        "dtype": [spec.dtype for spec in specs],
+        "shape": [list(spec.shape) for spec in specs],
+        "aliases": [list(spec.aliases) for spec in specs],
+        "nbytes": [spec.nbytes for spec in specs],
+        "num_fragments": num_fragments,
+    }
+    table = pa.table({name: pa.array(column, _TENSOR_FIELDS[name]) for name, column in columns.items()})
     return _write(table, ROW_GROUP_ROWS, use_dictionary=["role", "dtype"], column_encoding=None)
 
 
@@ -73,10 +72,31 @@ def pack_objects(rows: Sequence[ObjectRow]) -> bytes:
     return _write(pa.table(columns, schema=schema), ROW_GROUP_ROWS, use_dictionary=True, column_encoding=None)
 
 
-_OBJECT_FIELDS = {
+# Columns that a reader must find, of exactly these types; others may stand beside them.
+_TENSOR_FIELDS: dict[str, pa.DataType] = {
+    "id": pa.int32(),
+    "name": pa.string(),
+    "role": pa.string(),
+    "dtype": pa.string(),
+    "shape": pa.list_(pa.int64()),
+    "aliases": pa.list_(pa.string()),
+    "nbytes": pa.int64(),
+    "num_fragments": pa.int64(),
+}
+_FRAGMENT_FIELDS: dict[str, pa.DataType] = {
+    "tensor": pa.int32(),
+    "offsets": pa.list_(pa.int64()),
+    "lengths": pa.list_(pa.int64()),
+    "writer": pa.int32(),
+    "byte_offset": pa.int64(),
+    "nbytes": pa.int64(),
+    "checksums": pa.list_(pa.uint32()),
+}
+_OBJECT_FIELDS: dict[str, pa.DataType] = {
     "name": pa.string(),
     "kind": pa.string(),
     "rank": pa.int32(),
+    "writer": pa.int32(),
     "dp_rank": pa.int32(),
     "dp_size": pa.int32(),
     "digest": pa.string(),
@@ -208,29 +228,76 @@ class VerifiedFile(io.RawIOBase):
             self._blocks[block] = data[start : start + size]
 
 
-def _open(file: VerifiedFile, name: str) -> pq.ParquetFile:
+@contextlib.contextmanager
+def _damage(name: str) -> Iterator[None]:
+    """What Arrow says of bytes that it cannot read, as DamagedError. Errors of the store pass."""
     try:
-        return pq.ParquetFile(pa.PythonFile(file, mode="r"))
+        yield
     except CheckpointError:
         raise
-    except (pa.ArrowException, OSError, ValueError) as error:
-        raise DamagedError(f"`{name}` is damaged: not a Parquet file ({error})") from error
+    except (pa.ArrowException, OSError, ValueError, TypeError, OverflowError, MemoryError) as error:
+        raise DamagedError(f"`{name}` is damaged: {str(error)[:500]}") from error
 
 
-def unpack_tensors(file: VerifiedFile, *, name: str) -> tuple[list[TensorSpec], Int64Array]:
-    """All tensors by id, and [T] how many fragments each has."""
-    table = _open(file, name).read()
-    columns = {key: table[key].to_pylist() for key in ("name", "role", "dtype", "shape", "aliases")}
+def _open(file: VerifiedFile, fields: Mapping[str, pa.DataType], num_rows: int | None, name: str) -> pq.ParquetFile:
+    """The file, once its schema and sizes are known to be sane: a hostile footer must not choose how much is allocated."""
+    with _damage(name):
+        parquet = pq.ParquetFile(pa.PythonFile(file, mode="r"))
+        schema, metadata = parquet.schema_arrow, parquet.metadata
+        for field, kind in fields.items():
+            found = schema.get_all_field_indices(field)
+            if len(found) != 1 or not _same_type(schema.field(found[0]).type, kind):
+                raise ValueError(f"it must have one column `{field}` of type {kind}")
+        groups = [metadata.row_group(group).num_rows for group in range(metadata.num_row_groups)]
+        expected = metadata.num_rows if num_rows is None else num_rows
+        if not sum(groups) == metadata.num_rows == expected:
+            raise ValueError(f"it has {metadata.num_rows} rows, expected {expected}")
+        if expected > INDEX_ROWS_MAX:
+            raise ValueError(f"it has {expected} rows, more than {INDEX_ROWS_MAX}")
+        if any(not 0 <= rows <= ROW_GROUP_ROWS_MAX for rows in groups):
+            raise ValueError(f"a row group has more than {ROW_GROUP_ROWS_MAX} rows")
+        return parquet
+
+
+def _same_type(found: pa.DataType, kind: pa.DataType) -> bool:
+    if pa.types.is_list(kind):  # whatever the element is called
+        return bool(pa.types.is_list(found) and found.value_type == kind.value_type)
+    return bool(found == kind)
+
+
+def _read(parquet: pq.ParquetFile, groups: Sequence[int], fields: Mapping[str, pa.DataType], name: str) -> pa.Table:
+    """The columns of some row groups, each in one piece and without nulls."""
+    with _damage(name):
+        table = parquet.read_row_groups(list(groups), columns=list(fields)).select(list(fields)).combine_chunks()
+        for field in fields:
+            for chunk in table[field].chunks:
+                if chunk.null_count or (pa.types.is_list(chunk.type) and chunk.flatten().null_count):
+                    raise ValueError(f"column `{field}` has nulls")
+        return table
+
+
+def unpack_tensors(
+    file: VerifiedFile, *, name: str, num_rows: int | None = None
+) -> tuple[list[TensorSpec], Int64Array]:
+    """All tensors by id, and [T] how many fragments each has. `num_rows` is what the manifest says."""
+    parquet = _open(file, _TENSOR_FIELDS, num_rows, name)
+    table = _read(parquet, range(parquet.num_row_groups), _TENSOR_FIELDS, name)
+    with _damage(name):
+        columns = {key: table[key].to_pylist() for key in ("name", "role", "dtype", "shape", "aliases", "nbytes")}
     try:
         specs = [
             TensorSpec(name=n, role=r, dtype=d, shape=_checked_shape(s), aliases=tuple(a))
-            for n, r, d, s, a in zip(*columns.values(), strict=True)
+            for n, r, d, s, a in zip(*list(columns.values())[:5], strict=True)
         ]
     except CheckpointError as error:
         raise DamagedError(f"`{name}` is damaged: {error.message}") from error
     names = [spec.name for spec in specs]
-    if names != sorted(set(names)):
-        raise DamagedError(f"`{name}` is damaged: its names are not sorted and distinct")
+    if names != sorted(set(names)) or table["id"].to_pylist() != list(range(len(specs))):
+        raise DamagedError(
+            f"`{name}` is damaged: its names are not sorted and distinct, or its ids are not their places"
+        )
+    if [spec.nbytes for spec in specs] != columns["nbytes"] or sum(columns["nbytes"]) >= TENSOR_BYTES_MAX:
+        raise DamagedError(f"`{name}` is damaged: the sizes of its tensors are not those of their shapes, or cannot be")
     return specs, table["num_fragments"].to_numpy()
 
 
@@ -238,14 +305,26 @@ def _checked_shape(shape: Sequence[int]) -> tuple[int, ...]:
     volume = 1
     for length in shape:
         volume *= max(length, 1)
-        if length < 0 or volume >= 2**62 or len(shape) > TENSOR_DIMS_MAX:
-            raise DamagedError(f"a tensor of shape {shape} cannot be")
+        if length < 0 or volume >= TENSOR_BYTES_MAX or len(shape) > TENSOR_DIMS_MAX:
+            raise DamagedError(f"a tensor of shape {str(shape)[:200]} cannot be")
     return tuple(shape)
 
 
 def unpack_objects(file: VerifiedFile, *, name: str) -> list[ObjectRow]:
-    """All object rows."""
-    return [ObjectRow(**row) for row in _open(file, name).read(columns=list(_OBJECT_FIELDS)).to_pylist()]
+    """All object rows, sorted by name and rank."""
+    parquet = _open(file, _OBJECT_FIELDS, None, name)
+    table = _read(parquet, range(parquet.num_row_groups), _OBJECT_FIELDS, name)
+    with _damage(name):
+        rows = [ObjectRow(**row) for row in table.to_pylist()]
+    keys = [(row.name, row.rank) for row in rows]
+    if keys != sorted(set(keys)):
+        raise DamagedError(f"`{name}` is damaged: its rows are not sorted by name and rank, or one stands twice")
+    odd = [row for row in rows if row.kind not in OBJECT_KINDS]
+    if odd:
+        raise DamagedError(
+            f"`{name}` is damaged: object `{odd[0].name[:200]}` is of kind `{odd[0].kind[:80]}`, which is none"
+        )
+    return rows
 
 
 def unpack_fragments(
@@ -255,21 +334,18 @@ def unpack_fragments(
     block_bytes: int,
     *,
     name: str,
+    num_rows: int | None = None,
 ) -> FragmentTable:
     """Fragments of the wanted tensors (ids; None: all), checked against the shapes of their tensors.
 
-    Reads only the row groups that hold a wanted tensor.
+    Reads only the row groups that hold a wanted tensor. `num_rows` is what the manifest says.
     """
-    parquet = _open(file, name)
+    parquet = _open(file, _FRAGMENT_FIELDS, num_rows, name)
     keep = np.ones(len(specs), bool)
     if wanted is not None:
         keep[:] = False
         keep[wanted] = True
-    groups = _row_groups(parquet, keep)
-    try:
-        table = parquet.read_row_groups(groups).combine_chunks()
-    except (pa.ArrowException, OSError, ValueError) as error:
-        raise DamagedError(f"`{name}` is damaged: {error}") from error
+    table = _read(parquet, _row_groups(parquet, keep), _FRAGMENT_FIELDS, name)
     tensor = table["tensor"].to_numpy().astype(np.int32)
     if len(tensor) and (tensor.min() < 0 or tensor.max() >= len(specs) or (np.diff(tensor) < 0).any()):
         raise DamagedError(f"`{name}` is damaged: its rows are not sorted by tensor or name tensors that are not there")
@@ -279,12 +355,17 @@ def unpack_fragments(
 
 def _row_groups(parquet: pq.ParquetFile, keep: NDArray[np.bool_]) -> list[int]:
     groups = []
-    column = parquet.schema_arrow.get_field_index("tensor")
+    paths = [parquet.schema.column(i).path for i in range(len(parquet.schema))]
+    column = paths.index("tensor")  # columns of the file, where a list has its leaf
     before = np.append(0, np.cumsum(keep))
     for group in range(parquet.num_row_groups):
         statistics = parquet.metadata.row_group(group).column(column).statistics
-        low, high = (0, len(keep) - 1) if statistics is None else (statistics.min, statistics.max)
-        if before[min(high, len(keep) - 1) + 1] > before[max(low, 0)]:
+        if statistics is None or not statistics.has_min_max:
+            groups.append(group)
+            continue
+        # Wrong statistics can only hide rows, and a tensor of which rows are missing is found out later.
+        low, high = max(statistics.min, 0), min(statistics.max, len(keep) - 1)
+        if low <= high and before[high + 1] > before[low]:
             groups.append(group)
     return groups
 

@@ -113,5 +113,5 @@ def decode_scalar(dtype: object, text: object) -> np.generic:
         return np.bytes_(bytes_from(text))
     if dtype_from(dtype).kind in "SU":
         raise ValueError(f"a scalar of dtype `{dtype}`")
-    scalar: np.generic = decode_array(dtype, [], text)[()]
+    scalar: np.generic = decode_array(dtype, [], text).flat[0]
     return scalar

@@ -266,7 +266,7 @@ def misfit(value: object, why: str) -> NoReturn:
     name = type_name(type(value))
     plain = "keep plain values in the state: numbers, strings, lists, dicts, tuples, NumPy arrays of numbers, tensors"
     codec = f'teach ckpt the type: ckpt.register_codec({name}, tag="<package>.{type(value).__name__}", '
-    hints = (codec + "to_tree=..., from_tree=...)", f"or {plain}")
+    hints: tuple[str, ...] = (codec + "to_tree=..., from_tree=...)", f"or {plain}")
     if isinstance(value, (np.ndarray, np.generic, np.dtype, collections.defaultdict)):
         hints = (plain,)
     raise FaultError(f"a value of type `{name}` {why}", kind="not-storable", hints=hints)

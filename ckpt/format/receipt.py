@@ -40,7 +40,8 @@ class ObjectRow:
 
     name: str
     kind: str
-    rank: int
+    rank: int  # of the job that saved: whose object it is
+    writer: int  # number of the image that holds the bytes; after a reshard another than `rank`
     dp_rank: int
     dp_size: int
     digest: str  # of the padded bytes

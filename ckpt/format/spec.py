@@ -6,18 +6,20 @@ In: nothing. Out: `TensorSpec`, `PieceTable`, `StoredObject`. Pure. The common v
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal, get_args
 
 import numpy as np
 from numpy.typing import NDArray
 
+from ckpt.config import TENSOR_NAME_BYTES_MAX
 from ckpt.errors import InvalidInputError
 from ckpt.format.dtypes import dtype_of
 from ckpt.layout.box import BoxTable, Int64Array
 
 ObjectKind = Literal["replicated", "rank", "loader", "optimizer"]
+OBJECT_KINDS = frozenset(get_args(ObjectKind))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,8 +34,13 @@ class TensorSpec:
 
     def __post_init__(self) -> None:
         dtype_of(self.dtype)
-        if not self.name or "\x00" in self.name or len(self.name.encode()) > 1024:
-            raise InvalidInputError(f"tensor name {self.name!r} is empty, longer than 1,024 bytes or holds a NUL")
+        for name in (self.name, *self.aliases):
+            if not _is_name(name):
+                raise InvalidInputError(
+                    f"tensor name {name[:80]!r} is empty, longer than {TENSOR_NAME_BYTES_MAX} bytes, or holds a NUL or a lone"
+                    " surrogate",
+                    kind="bad-name",
+                )
 
     @property
     def itemsize(self) -> int:
@@ -42,6 +49,13 @@ class TensorSpec:
     @property
     def nbytes(self) -> int:
         return math.prod(self.shape) * self.itemsize
+
+
+def _is_name(name: str) -> bool:
+    try:
+        return 0 < len(name.encode()) <= TENSOR_NAME_BYTES_MAX and "\x00" not in name
+    except UnicodeEncodeError:
+        return False
 
 
 def global_shapes(specs: Sequence[TensorSpec], num_dims: int) -> Int64Array:
@@ -94,6 +108,9 @@ class LocalState:
     pieces: PieceTable  # `boxes.tensor` indexes `specs`
     objects: list[StoredObject]  # sorted by name; empty for a load target
     keep_alive: tuple[object, ...] = ()  # owners of the memory that `pieces` points into
+    describe: Callable[[], dict[str, Any] | None] = lambda: (
+        None
+    )  # how the tensors lie, for the saved layout (JSON values)
 
     @staticmethod
     def empty() -> LocalState:

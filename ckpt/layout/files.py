@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 
-import yaml  # type: ignore[import-untyped]
+import yaml
 
 from ckpt.errors import InvalidInputError
 from ckpt.layout.document import DEPTH_MAX, Node, layout_of, to_document

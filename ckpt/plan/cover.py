@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 
 from ckpt.format.spec import TensorSpec, global_shapes
 from ckpt.layout.box import BoxTable, Int64Array
-from ckpt.plan.records import mix
+from ckpt.plan.records import corners, mix
 
 
 def not_tiled(specs: Sequence[TensorSpec], boxes: BoxTable, *, seed: int = 0) -> list[tuple[int, int]]:
@@ -32,6 +32,26 @@ def not_tiled(specs: Sequence[TensorSpec], boxes: BoxTable, *, seed: int = 0) ->
     covered = np.bincount(boxes.tensor, weights=boxes.volumes(), minlength=len(specs)).astype(np.int64)
     wrong = (found != expected) | (covered != volumes)
     return [(int(i), int(covered[i])) for i in np.flatnonzero(wrong)]
+
+
+def not_in_order(specs: Sequence[TensorSpec], boxes: BoxTable, *, seed: int) -> list[int]:
+    """Tensors whose boxes are not sorted by their first element, or overlap. Holes are not looked for.
+
+    Args:
+        boxes: sorted by tensor.
+        seed: random where the boxes may have been made to deceive.
+    """
+    first, last = corners(specs, boxes)
+    same = boxes.tensor[1:] == boxes.tensor[:-1]
+    wrong = set(np.unique(boxes.tensor[1:][same & (first[1:] <= first[:-1])]).tolist())
+    # A box that is one run of elements (any cut along the first dims) needs no more than a look at its neighbours.
+    broken = np.zeros(len(specs), bool)
+    broken[boxes.tensor[boxes.volumes() != last - first + 1]] = True
+    broken[boxes.tensor[1:][same & (first[1:] <= last[:-1])]] = True
+    if broken.any():
+        rows = np.flatnonzero(broken[boxes.tensor])
+        wrong |= {i for i, _ in not_tiled(specs, boxes.take(rows), seed=seed) if broken[i]}
+    return sorted(wrong)
 
 
 def _signature(offsets: Int64Array, lengths: Int64Array, seed: int) -> NDArray[np.uint64]:

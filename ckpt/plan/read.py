@@ -282,6 +282,61 @@ def _blocks(
     return np.repeat(chunk, counts)[keep], start, stop, fragments.checksums[number], owner
 
 
+def plan_verify(
+    fragments: FragmentTable,
+    *,
+    block_bytes: int,
+    read_bytes_max: int,
+    gap_bytes_max: int,
+    readable: Int64Array,
+) -> ReadPlan:
+    """Plan to read every block of every fragment once, and to copy nothing.
+
+    Args:
+        read_bytes_max: soft bound of one chunk; a chunk is at most one block longer.
+        readable: [W] bytes that the image of each writer has; blocks that end behind are left out.
+    """
+    counts = np.diff(fragments.block_starts)
+    owner, in_fragment = np.repeat(np.arange(len(fragments)), counts), arange_per(counts)
+    start = fragments.offsets[owner] + in_fragment * block_bytes
+    stop = np.minimum(start + block_bytes, fragments.offsets[owner] + fragments.nbytes[owner])
+    writer = fragments.writer[owner]
+    kept = np.flatnonzero(stop <= readable[writer])
+    order = kept[np.lexsort((start[kept], writer[kept]))]
+    owner, start, stop, writer = owner[order], start[order], stop[order], writer[order]
+    chunk = _number_chunks(writer, start, stop, read_bytes_max, gap_bytes_max)
+    num = int(chunk[-1]) + 1 if len(chunk) else 0
+    edges = np.searchsorted(chunk, np.arange(num + 1))
+    return ReadPlan(
+        writer=writer[edges[:-1]],
+        start=start[edges[:-1]],
+        stop=np.maximum.reduceat(stop, edges[:-1]) if num else np.empty(0, np.int64),
+        copies=_no_copies(),
+        copy_starts=np.zeros(num + 1, np.int64),
+        block_start=start,
+        block_stop=stop,
+        block_crc=fragments.checksums[order],
+        block_fragment=owner,
+        block_starts=edges,
+        wanted_nbytes=int((stop - start).sum()),
+    )
+
+
+def _no_copies() -> CopyTable:
+    none, table = np.empty(0, np.int64), np.empty((0, 1), np.int64)
+    return CopyTable(
+        writer=np.empty(0, np.int32),
+        fragment=none,
+        piece=none,
+        source=none,
+        target=np.empty(0, np.uint64),
+        lengths=table,
+        source_strides=table,
+        target_strides=table,
+        itemsize=none,
+    )
+
+
 def subset_pieces(
     pieces: PieceTable, rows: NDArray[np.integer] | NDArray[np.bool_], tensor: NDArray[np.int32]
 ) -> PieceTable:

@@ -13,6 +13,7 @@ import torch
 from torch.distributed.tensor import DTensor
 
 from ckpt.errors import InvalidInputError
+from ckpt.layout.assign import Faults
 from ckpt.layout.layout import Layout
 from ckpt.state.tensors import Located, annotated, locate_dtensor, locate_plain, plain_memory
 
@@ -34,6 +35,22 @@ class Locator:
         if self.layout is not None and tensor.dim() > 0 and (strict or self.layout.candidates(name)):
             return self._by_layout(self.layout, name, tensor)
         return locate_plain(name, tensor)
+
+    def check_rules(self, named: Iterable[tuple[str, torch.Tensor]]) -> None:
+        """Raise one InvalidInputError for all plain tensors that the layout has no rule for, or several.
+
+        A pattern that matches none of them is no fault: it may be for tensors of other ranks.
+        """
+        if self.layout is None:
+            return
+        faults = Faults()
+        names = [name for name, tensor in named if self._needs_rule(name, tensor)]
+        self.layout.index.assign_all(names, faults)
+        faults.idle.clear()
+        faults.raise_any()
+
+    def _needs_rule(self, name: str, tensor: torch.Tensor) -> bool:
+        return not isinstance(tensor, DTensor) and tensor.dim() > 0 and annotated(name, tensor) is None
 
     def _by_layout(self, layout: Layout, name: str, tensor: torch.Tensor) -> Located:
         memory = plain_memory(name, tensor)

@@ -106,10 +106,11 @@ class ModuleHolder:
             for inner, child in walk_module(module):
                 if type(child).get_extra_state is not nn.Module.get_extra_state:
                     self._extra[join(self._name, f"{prefix}{inner}_extra_state")] = child
+        tied = [sorted({f.name: f for f in group}.values(), key=lambda f: f.name) for group in groups.values()]
+        plain = [group[0] for group in tied if group[0].located is None]
+        self._locator.check_rules((join(self._name, found.name), found.tensor) for found in plain)
         out = []
-        for group in groups.values():
-            unique = list({found.name: found for found in group}.values())
-            unique.sort(key=lambda found: found.name)
+        for unique in tied:
             first = unique[0]
             located = first.located or self._locator.locate(join(self._name, first.name), first.tensor)
             out.append((unique, located))

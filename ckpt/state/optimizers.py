@@ -76,6 +76,7 @@ class OptimizerHolder:
     def load(self, stored: StoredTensors) -> Wanted:
         """All stored slots of this rank's parameters, in place where the optimizer has them already."""
         below = self._stored_slots(stored)
+        is_stored = any(name.startswith(f"{self._name}/") for name in stored.by_name)
         parts: list[Part] = []
         loaded: list[_Slots] = []
         for optimizer in self._optimizers:
@@ -85,7 +86,11 @@ class OptimizerHolder:
                 if wanted:
                     parts += self._wanted(slots, wanted, group)
                 loaded.append(slots)
-        return Wanted(parts=parts, objects=[self._name], prepare=lambda rows: self._prepare(rows, loaded))
+        return Wanted(
+            parts=parts,
+            objects=[self._name],
+            prepare=lambda rows: self._prepare(rows, loaded if is_stored or rows.of(self._name) else []),
+        )
 
     def _wanted(self, slots: _Slots, wanted: Mapping[str, TensorSpec], group: Mapping[str, Any]) -> list[Part]:
         param, parts = slots.param, []

@@ -16,7 +16,7 @@ import torch
 from ckpt.format.spec import LocalState, TensorSpec
 from ckpt.layout.layout import Layout
 from ckpt.state.holders import Action, StoredTensors, Wanted
-from ckpt.state.memory import HostMemory, target_memory
+from ckpt.state.memory import HostMemory, collector_paused, target_memory
 from ckpt.state.rows import Rows, SavedWorld, StoredObjectRow
 from ckpt.state.walk import Named, open_state, sorted_parts
 
@@ -72,7 +72,7 @@ def target(
     are made here and installed by `restore`.
     """
     tensors = StoredTensors.build(stored)
-    with torch.no_grad():
+    with torch.no_grad(), collector_paused():
         wanted = [holder.load(tensors) for holder in open_state(state, rank=rank, layout=layout, names=names)]
         parts = sorted_parts(part for one in wanted for part in one.parts)
         filled = [any(name in tensors.by_name for name in (p.spec.name, *p.spec.aliases)) for p in parts]

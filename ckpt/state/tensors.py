@@ -26,12 +26,22 @@ from ckpt.state.dtypes import dtype_name
 
 
 @dataclass(frozen=True, kw_only=True)
+class MeshPlacement:
+    """What a DTensor says of its mesh."""
+
+    axes: tuple[str, ...]  # "" where the mesh dim has no name
+    mesh_shape: tuple[int, ...]
+    placements: tuple[where.DimPlacement, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
 class Located:
     """A local tensor and what it holds of a global one."""
 
     shape: tuple[int, ...]  # global, elements
     placed: tuple[Placed, ...]  # boxes and where they start in `memory`; none: this rank holds no element
     memory: torch.Tensor  # plain, strided, detached; of fewer dims than the boxes when it is flat
+    on: MeshPlacement | None = None  # of a DTensor
 
     @property
     def is_whole(self) -> bool:
@@ -133,7 +143,15 @@ def locate_dtensor(name: str, tensor: DTensor) -> Located:
             f"tensor `{name}`: placements {tensor.placements} on a mesh of shape {tuple(mesh.shape)} do not give a "
             f"local shape {tuple(memory.shape)} at coordinate {tuple(coordinate)} of a tensor of shape {shape}"
         )
-    return Located(shape=shape, placed=found, memory=memory)
+    on = _mesh_placement(mesh.mesh_dim_names, tuple(mesh.shape), placements)
+    return Located(shape=shape, placed=found, memory=memory, on=on)
+
+
+@functools.lru_cache(maxsize=4096)
+def _mesh_placement(
+    names: tuple[str, ...] | None, mesh_shape: tuple[int, ...], placements: tuple[where.DimPlacement, ...]
+) -> MeshPlacement:
+    return MeshPlacement(axes=names or ("",) * len(mesh_shape), mesh_shape=mesh_shape, placements=placements)
 
 
 def plain_memory(name: str, tensor: torch.Tensor) -> torch.Tensor:
@@ -207,6 +225,8 @@ def _placed_whole(shape: tuple[int, ...]) -> Placed:
 
 
 def _check_inside(name: str, located: Located) -> None:
+    if located.is_whole:
+        return
     shape, local_shape = located.shape, located.local_shape
     for item in located.placed:
         box = item.box

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, MutableMapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import nn
@@ -17,11 +17,12 @@ from torch.optim import Optimizer
 from ckpt.errors import InvalidInputError
 from ckpt.format.spec import LocalState, StoredObject
 from ckpt.layout.layout import Layout
+from ckpt.state.describe import describe_parts
 from ckpt.state.flat import FlatOptimizerHolder, FlatOptimizerState, FlatShard, FlatShardHolder
 from ckpt.state.holders import Holder
 from ckpt.state.loader import is_loader
 from ckpt.state.locate import Locator, ParamTable
-from ckpt.state.memory import source_memory
+from ckpt.state.memory import collector_paused, source_memory
 from ckpt.state.modules import ModuleHolder
 from ckpt.state.names import check_key
 from ckpt.state.optimizers import OptimizerHolder
@@ -39,6 +40,7 @@ class _Entry:
     name: str
     value: Any
     assign: Callable[[Any], None]
+    kind: Literal["module", "plain", "other"]
 
 
 def collect(
@@ -59,13 +61,17 @@ def collect(
 
     Errors: InvalidInputError that names the key and what is wrong with it. Called on every rank; no communication.
     """
-    with torch.no_grad():
+    with torch.no_grad(), collector_paused():
         saved = [holder.save() for holder in open_state(state, rank=rank, layout=layout, names=names)]
         parts = sorted_parts(part for one in saved for part in one.parts)
         memory = source_memory(parts)
     objects = _sorted_objects([item for one in saved for item in one.objects])
     return LocalState(
-        specs=[part.spec for part in parts], pieces=memory.pieces, objects=objects, keep_alive=memory.keep_alive
+        specs=[part.spec for part in parts],
+        pieces=memory.pieces,
+        objects=objects,
+        keep_alive=memory.keep_alive,
+        describe=lambda: describe_parts(parts),
     )
 
 
@@ -73,24 +79,16 @@ def open_state(state: Mapping[str, Any], *, rank: int, layout: Layout | None = N
     """A holder for each entry: modules first, random streams last (loading the others may draw numbers)."""
     locator, table = Locator(rank=rank, layout=layout), ParamTable()
     entries = _entries(state)
-    modules = [
-        ModuleHolder(entry.name, _as_list(entry.value), locator)
-        for entry in entries
-        if _all_are(entry.value, nn.Module)
-    ]
+    modules = [ModuleHolder(entry.name, _as_list(entry.value), locator) for entry in entries if entry.kind == "module"]
     for module in modules:
         module.add_params(table, "" if len(modules) == 1 or module.name == "model" else f"{module.name}/")
-    plain = [PlainHolder(e.name, e.value, e.assign, locator) for e in entries if _is_plain(e.value)]
+    plain = [PlainHolder(e.name, e.value, e.assign, locator) for e in entries if e.kind == "plain"]
     for holder in plain:
         holder.add_params(table)
     for name, tensor in names:
         if table.get(tensor) is None:
             table.add((name,), tensor, locator.locate(name, tensor))
-    rest: list[Holder] = [
-        _special(entry, table, locator)
-        for entry in entries
-        if not _is_plain(entry.value) and not _all_are(entry.value, nn.Module)
-    ]
+    rest: list[Holder] = [_special(entry, table, locator) for entry in entries if entry.kind == "other"]
     rest.sort(key=lambda holder: isinstance(holder, RngHolder))
     return [*modules, *plain, *rest]
 
@@ -126,8 +124,15 @@ def _entries(state: Mapping[str, Any]) -> list[_Entry]:
 
 
 def _opened(name: str, value: Any, parent: Any, key: Any) -> list[_Entry]:
-    if _is_plain(value) or _is_special(value) or _all_are(value, nn.Module) or _all_are(value, Optimizer):
-        return [_Entry(name=name, value=value, assign=_assign_in(name, parent, key))]
+    kind: Literal["module", "plain", "other"] | None = None
+    if _all_are(value, nn.Module):
+        kind = "module"
+    elif _is_special(value) or _all_are(value, Optimizer):
+        kind = "other"
+    elif holds_only_plain(value, _is_special):
+        kind = "plain"
+    if kind is not None:
+        return [_Entry(name=name, value=value, assign=_assign_in(name, parent, key), kind=kind)]
     if isinstance(value, Mapping):
         return [e for k, v in value.items() for e in _opened(f"{name}/{check_key(k)}", v, value, k)]
     return [e for i, v in enumerate(value) for e in _opened(f"{name}/{i}", v, value, i)]
@@ -160,13 +165,11 @@ def _special(entry: _Entry, table: ParamTable, locator: Locator) -> Holder:
 
 
 def _is_special(value: Any) -> bool:
+    if isinstance(value, (torch.Tensor, int, float, str)):
+        return False
     if isinstance(value, (nn.Module, Optimizer, FlatShard, FlatOptimizerState, RNG)):
         return True
     return callable(getattr(value, "state_dict", None)) and callable(getattr(value, "load_state_dict", None))
-
-
-def _is_plain(value: Any) -> bool:
-    return holds_only_plain(value, _is_special)
 
 
 def _all_are(value: Any, kind: type) -> bool:

@@ -13,6 +13,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -74,7 +75,7 @@ def run_phase(phase: Phase, script: Script, out: Path, watch: Callable[[Glimpse]
         try:
             _wait(job, phase, run, loss_log, output, watch)
         finally:
-            _stop(job)
+            stop(job)
     if phase.kill_at is None and job.returncode != 0:
         raise DemoError(f"phase `{phase.name}` failed with exit code {job.returncode}\n{_tail(output)}")
     outcome = Outcome(
@@ -83,7 +84,7 @@ def run_phase(phase: Phase, script: Script, out: Path, watch: Callable[[Glimpse]
         seconds=time.monotonic() - start_s,
         newest_checkpoint=newest_checkpoint(run),
     )
-    _check_course(outcome, run, job.returncode, output)
+    check_course(outcome, run, job.returncode, output)
     return outcome
 
 
@@ -144,11 +145,14 @@ def _wait(
             )
 
 
-def _stop(job: subprocess.Popen[bytes]) -> None:
+def stop(job: subprocess.Popen[bytes]) -> None:
     """End the job and every process it started, if they still run."""
     if job.poll() is not None:
         return
-    family = [psutil.Process(job.pid), *psutil.Process(job.pid).children(recursive=True)]
+    try:
+        family = [psutil.Process(job.pid), *psutil.Process(job.pid).children(recursive=True)]
+    except psutil.NoSuchProcess:  # it ended just now
+        family = []
     job.terminate()  # torchrun passes it on
     try:
         job.wait(KILL_GRACE_S)
@@ -156,11 +160,12 @@ def _stop(job: subprocess.Popen[bytes]) -> None:
         job.kill()
     _, alive = psutil.wait_procs(family, timeout=1.0)
     for process in alive:
-        process.kill()
+        with suppress(psutil.NoSuchProcess):
+            process.kill()
     job.wait(KILL_GRACE_S)
 
 
-def _check_course(outcome: Outcome, run: Path, code: int, output: Path) -> None:
+def check_course(outcome: Outcome, run: Path, code: int, output: Path) -> None:
     """It began and ended where it should; where it was to be killed, it was, and the cut-off save does not show."""
     phase = outcome.phase
     first, last = min(outcome.losses, default=0), max(outcome.losses, default=0)

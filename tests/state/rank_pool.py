@@ -89,7 +89,7 @@ def _serve(pipe: Connection, rank: int, world: int, store: str) -> None:
     dist.init_process_group(
         "gloo", init_method=f"file://{store}", rank=rank, world_size=world, timeout=timedelta(seconds=30)
     )
-    scenarios = importlib.import_module("rank_scenarios")
+    scenarios = importlib.import_module("tests.state.rank_scenarios")
     pipe.send("")
     while True:
         try:

@@ -14,7 +14,6 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from state_oracle import Memory, export, numbered
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import FullyShardedDataParallel, ShardingStrategy, fully_shard
@@ -33,6 +32,7 @@ from ckpt.layout.mesh import Mesh
 from ckpt.layout.pattern import NamePattern
 from ckpt.layout.rules import Rule, ShardStep, Where
 from ckpt.state import SavedWorld, collect, target
+from tests.state.state_oracle import Memory, export, numbered
 
 State = dict[str, Any]
 Parallel = Callable[[nn.Module], nn.Module]
@@ -191,8 +191,8 @@ def tp(sizes: dict[str, int]) -> None:
     roundtrip(sizes, lambda model: tensor_parallel(model, mesh))
 
 
-def tp_fsdp2(sizes: dict[str, int]) -> None:
-    mesh = init_device_mesh("cpu", (2, dist.get_world_size() // 2), mesh_dim_names=("dp", "tp"))
+def tp_fsdp2(sizes: dict[str, int], dp: int = 2) -> None:
+    mesh = init_device_mesh("cpu", (dp, dist.get_world_size() // dp), mesh_dim_names=("dp", "tp"))
     roundtrip(sizes, lambda model: shard_each(tensor_parallel(model, mesh["tp"]), mesh["dp"]))
 
 

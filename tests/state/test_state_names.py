@@ -7,12 +7,12 @@ from __future__ import annotations
 
 import pytest
 import torch
-from state_oracle import load_alone, numbered, save_alone
 from torch import nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 
 from ckpt.errors import InvalidInputError
 from ckpt.state import collect
+from tests.state.state_oracle import load_alone, numbered, save_alone
 
 
 class Block(nn.Module):

@@ -11,12 +11,12 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from state_oracle import load_alone, numbered, save_alone
 from torch import nn
 
 from ckpt.errors import InvalidInputError, MismatchError
 from ckpt.format.objects import encode
 from ckpt.state import RNG, ElasticSampler, SavedWorld, StoredObjectRow, collect, target
+from tests.state.state_oracle import Memory, load_alone, numbered, save_alone
 
 
 class Box:
@@ -198,6 +198,4 @@ def test_random_streams_and_loaders_come_back_and_say_their_kind() -> None:
 
 
 def save_alone_of(local: Any) -> Any:
-    from state_oracle import Memory
-
     return Memory([local])

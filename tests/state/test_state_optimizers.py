@@ -10,12 +10,12 @@ from typing import Any
 
 import pytest
 import torch
-from state_oracle import load_alone, numbered, save_alone
 from torch import nn
 
-from ckpt.errors import InvalidInputError, MismatchError
+from ckpt.errors import DamagedError, InvalidInputError, MismatchError
 from ckpt.format.objects import decode, encode
 from ckpt.state import FlatOptimizerState, FlatShard, SavedWorld, StoredObjectRow, collect, target
+from tests.state.state_oracle import Memory, load_alone, numbered, save_alone
 
 SAME = SavedWorld(world=1, same_layout=True)
 
@@ -265,8 +265,6 @@ def test_a_step_that_was_a_tensor_becomes_the_number_that_the_optimizer_has() ->
 
 
 def test_a_payload_that_is_no_optimizer_is_damage() -> None:
-    from ckpt.errors import DamagedError
-
     model = model_of()
     goal = target({"model": model, "optimizer": adamw(model)}, [], rank=0, world=1)
     rows = {"optimizer": [StoredObjectRow(rank=0, kind="optimizer", payload=encode([1], name="optimizer"))]}
@@ -299,8 +297,6 @@ def flat_model() -> nn.Module:
 
 @pytest.mark.parametrize("world", [1, 2, 3, 4, 7])
 def test_flat_ranges_and_a_torch_optimizer_load_each_other(world: int) -> None:
-    from state_oracle import Memory
-
     model = flat_model()
     optimizer = torch.optim.AdamW(model.parameters(), lr=0.5)
     for parameter in model.parameters():
@@ -341,8 +337,6 @@ def test_a_flat_state_has_one_step_and_refuses_two() -> None:
 
 
 def test_a_flat_shard_is_a_value_of_its_own() -> None:
-    from state_oracle import Memory
-
     whole = numbered((20,))
     shards = [FlatShard(whole[i : i + 10].clone(), LAYOUT, start=i, stop=i + 10) for i in (0, 10)]
     memory = Memory([collect({"master": shard}, rank=r, world=2) for r, shard in enumerate(shards)])
@@ -365,3 +359,14 @@ def test_the_stored_object_is_as_documented() -> None:
     tree = decode(item.payload, name="optimizer")
     assert item.kind == "optimizer" and tree["param_state"] == {}
     assert tree["groups"][0]["params"] == ["a.weight"] and tree["groups"][0]["lr"] == 0.5
+
+
+def test_a_checkpoint_without_the_optimizer_leaves_it_alone() -> None:
+    model = model_of()
+    optimizer = adamw(model, a=0.5)
+    step(model, optimizer)
+    before = by_name(model, optimizer)
+    memory = save_alone({"model": model_of(1)})
+    goal = target({"model": model, "optimizer": optimizer}, list(memory.specs.values()), rank=0, world=1)
+    goal.restore({}, SAME)
+    assert by_name(model, optimizer) == before and optimizer.param_groups[0]["lr"] == 0.5

@@ -9,8 +9,11 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import pytest
-from rank_pool import RankPool
-from rank_scenarios import EVEN, UNEVEN
+
+from tests.state.rank_pool import RankPool
+from tests.state.rank_scenarios import EVEN, UNEVEN
+
+pytestmark = pytest.mark.multirank
 
 
 @pytest.fixture(scope="module", params=[2, 4])
@@ -58,3 +61,12 @@ def test_fsdp1_strategies(ranks: RankPool, strategy: str) -> None:
 )
 def test_promise_of_the_scenario(ranks: RankPool, scenario: str) -> None:
     ranks.run(scenario)
+
+
+def test_cut_by_tensor_parallel_first_where_the_order_of_cuts_shows() -> None:
+    """Up to 4 ranks both orders of cutting give the same pieces; 7 rows on dp 3 x tp 2 do not."""
+    pool = RankPool(6)
+    try:
+        pool.run("tp_fsdp2", sizes={"vocabulary": 7, "width": 3, "hidden": 7}, dp=3)
+    finally:
+        pool.close()

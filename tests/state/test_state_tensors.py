@@ -10,7 +10,6 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from state_oracle import load_alone, numbered, save_alone
 from torch import nn
 
 from ckpt.errors import InvalidInputError
@@ -18,6 +17,7 @@ from ckpt.format.dtypes import DTYPES
 from ckpt.layout.box import Box
 from ckpt.state import annotate, collect
 from ckpt.state.tensors import overlaps_itself
+from tests.state.state_oracle import Memory, load_alone, numbered, save_alone
 
 STRANGE = {
     "transposed": lambda: numbered((3, 4)).t(),
@@ -147,8 +147,6 @@ def test_an_annotated_tensor_is_its_part_and_its_optimizer_state_follows() -> No
         "model/weight": (4, 6),
         "optimizer/weight/momentum_buffer": (4, 6),
     }
-    from state_oracle import Memory
-
     memory = Memory([local])
     for name in ("model/weight", "optimizer/weight/momentum_buffer"):
         assert memory.covered[name].tolist() == [[False] * 3 + [True] * 3] * 4
@@ -160,8 +158,6 @@ def test_an_annotated_expert_may_lack_the_dim_of_the_stack_and_a_buffer_may_be_f
     expert, flat = stack[1].clone(), stack[2].reshape(-1).clone()
     annotate(expert, shape=(3, 2, 4), boxes=[(Box(offsets=(1, 0, 0), lengths=(1, 2, 4)), (0, 0))])
     annotate(flat, shape=(3, 2, 4), boxes=[(Box(offsets=(2, 0, 0), lengths=(1, 2, 4)), (0,))])
-    from state_oracle import Memory
-
     memory = Memory([collect({"x": expert}, rank=0, world=2), collect({"x": flat}, rank=1, world=2)])
     assert torch.equal(memory.tensor("x")[1:], stack[1:])
 
@@ -180,6 +176,7 @@ def test_a_wrong_annotation_is_refused_at_once(box: Box, at: tuple[int, ...], me
         annotate(torch.zeros(2, 2), shape=(4, 2), boxes=[(box, at)])
 
 
+@pytest.mark.cuda
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 def test_device_tensors_go_through_pinned_copies_and_back() -> None:
     tensor = numbered((5, 7)).cuda().t()

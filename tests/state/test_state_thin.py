@@ -6,8 +6,9 @@ Goal: the main path. Method: collect into whole tensors in memory, load into a f
 from __future__ import annotations
 
 import torch
-from state_oracle import load_alone, save_alone
 from torch import nn
+
+from tests.state.state_oracle import load_alone, save_alone
 
 
 def make(seed: int) -> dict[str, object]:

@@ -1,0 +1,1 @@
+"""Checkpoints in the forms of other programs: import and export."""
