@@ -114,7 +114,7 @@ class _Job:
         return {name: whole(numbers[name], *shape) for name, shape in own.items()}
 
     def _stage(self, name: str) -> int:
-        parts = name.split("/", 1)[1].split(".")
+        parts = name.split(".")[1:]
         if parts[0] == "h":
             return int(parts[1]) * self.layout.size // self._layers
         return self.layout.size - 1 if parts[0] == "ln_f" else 0
@@ -126,7 +126,7 @@ class _Job:
         stored = StoredCheckpoint(store, 0, chosen)
         state = self.state(fill=False)
         scramble(state)
-        found = load_state(stored, {"model": state}, current_world(self.group, 300.0))
+        found = load_state(stored, state, current_world(self.group, 300.0))
         check_equal(state, dict(expected), what=f"{url.name} -> {self.layout.name}")
         images = sum(n for key, n in store.traffic.bytes_read_of.items() if key.endswith(".safetensors"))
         objects = {row.digest: row.nbytes for row in stored.objects}
@@ -145,14 +145,14 @@ def body(rank: Rank, layers: int, width: int, vocabulary: int, names: list[str])
     """One rank: save each layout, load it into each."""
     params = gpt_params(layers=layers, width=width, vocabulary=vocabulary)
     slots = {"param": torch.bfloat16, "master": torch.float32}
-    shapes: Shapes = {f"{slot}/{name}": (shape, kind) for slot, kind in slots.items() for name, shape in params.items()}
+    shapes: Shapes = {f"{slot}.{name}": (shape, kind) for slot, kind in slots.items() for name, shape in params.items()}
     jobs = [_Job(rank, layout, shapes, layers) for layout in LAYOUTS if layout.name in names]
     states = [job.state(fill=True) for job in jobs]
     pairs: dict[str, dict[str, dict[str, float]]] = {}
     for job, state in zip(jobs, states, strict=True):
         url = rank.folder / job.layout.name.replace(" ", "-")
         if job.member:
-            ckpt.save({"model": state}, url, step=0, process_group=job.group)
+            ckpt.save(state, url, step=0, process_group=job.group)
         rank.together()
         for other, expected in zip(jobs, states, strict=True):
             found = other.load(url, expected) if other.member else {}
