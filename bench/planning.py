@@ -118,10 +118,10 @@ def measure_commit(
     return found, data
 
 
-def measure_load(specs: list[TensorSpec], data: bytes, repeats: int) -> dict[str, Any]:
+def measure_load(specs: list[TensorSpec], data: bytes, ranks: int, repeats: int) -> dict[str, Any]:
     """What one rank of a new layout does."""
     found: dict[str, Any] = {}
-    record = index.file_record("f", data)
+    record, counts = index.file_record("f", data), np.full(len(specs), ranks)
 
     def load(part: slice, readers: int) -> tuple[int, Any]:
         wanted_ids = np.arange(len(specs))[part]
@@ -136,7 +136,7 @@ def measure_load(specs: list[TensorSpec], data: bytes, repeats: int) -> dict[str
         address = np.full(len(wanted), 4096, np.uint64)
         pieces = PieceTable(boxes=wanted, address=address, limit=address, strides=strides)
         file = index.VerifiedFile(record, lambda a, b: data[a:b], name="f")
-        fragments = index.unpack_fragments(file, specs, wanted_ids, BLOCK_BYTES, name="f")
+        fragments = index.unpack_fragments(file, specs, wanted_ids, BLOCK_BYTES, name="f", counts=counts)
         made = plan_read(
             fragments, specs, pieces, block_bytes=BLOCK_BYTES, read_bytes_max=1 << 24, gap_bytes_max=1 << 14
         )
@@ -171,7 +171,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     found = measure_save(specs, tables, repeats)
     table = fragments_of(specs, tables)
     commit, data = measure_commit(specs, table, ranks, repeats)
-    found |= commit | measure_load(specs, data, repeats)
+    found |= commit | measure_load(specs, data, ranks, repeats)
     del table, tables, data
     dcp = coordinator(specs_of(tensors, dcp_ranks), dcp_ranks)
     per_fragment = found["index"]["bytes_per_fragment"]

@@ -36,7 +36,7 @@ from bench.workloads import (
 from ckpt.config import Options
 from ckpt.engine.load import load_state
 from ckpt.engine.reader import StoredCheckpoint
-from ckpt.engine.world import current_world
+from ckpt.engine.torch_world import current_world
 from ckpt.store.counting import CountingStore
 from ckpt.store.open import open_store
 

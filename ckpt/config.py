@@ -24,7 +24,7 @@ class Options:
     exchange_timeout_s: float = 300.0  # one exchange between ranks before a save or load
     poll_start_s: float = 0.002  # first pause between looks at the store
     poll_max_s: float = 0.25  # longest pause between looks
-    chunk_bytes: int = 16 * MIB  # one buffer of the write path
+    chunk_bytes: int = 16 * MIB  # one buffer of the write path, a multiple of 4 KiB
     copy_threads: int = 2  # of one rank, for copies and checksums
     write_buffers: int = 3  # buffers of the write path per save
     read_bytes_max: int = 16 * MIB  # one read
@@ -49,6 +49,8 @@ class Options:
             value = getattr(self, field.name)
             if not isinstance(value, bool | str) and value <= 0:
                 raise InvalidInputError(f"option `{field.name}` must be positive, found {value}")
+        if self.chunk_bytes % (4 * KIB):  # no element lies across two chunks, and each is written around the page cache
+            raise InvalidInputError(f"option `chunk_bytes` must be a multiple of 4,096, found {self.chunk_bytes}")
         if self.exchange not in ("auto", "always", "never"):
             raise InvalidInputError(f"option `exchange` must be auto, always or never, found {self.exchange!r}")
 

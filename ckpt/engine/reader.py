@@ -24,6 +24,7 @@ from ckpt.format.image import OBJECT_SLOT_BYTES
 from ckpt.format.manifest import FileRecord, Manifest
 from ckpt.format.receipt import ObjectRow
 from ckpt.format.spec import PieceTable, TensorSpec
+from ckpt.layout.box import Int64Array
 from ckpt.plan.cover import not_in_order
 from ckpt.plan.read import ReadPlan, plan_read, uncovered
 from ckpt.store.base import Store
@@ -41,6 +42,7 @@ class StoredCheckpoint:
             raise DamagedError(f"`{key}` is the manifest of step {self.manifest.step}, expected {self.step}")
         self._check_names()
         self._specs: list[TensorSpec] | None = None
+        self._counts: Int64Array | None = None  # fragments of each tensor; known with `_specs`
         self._objects: list[ObjectRow] | None = None
         self.index_nbytes = 0  # read so far
 
@@ -54,7 +56,8 @@ class StoredCheckpoint:
         found = self.manifest
         records = (found.tensors, found.fragments, found.objects)
         expected = [index.TENSORS_FILE, index.FRAGMENTS_FILE, index.OBJECTS_FILE]
-        images = [(rank, names.image_name(rank, len(found.writers))) for rank in range(len(found.writers))]
+        num_writers = len(found.writers)
+        images = [(rank, names.image_name(rank, num_writers)) for rank in range(num_writers)]
         if [record.file for record in records] != expected or [(w.rank, w.file) for w in found.writers] != images:
             raise DamagedError(f"the manifest of step {self.step} names files that are not its own", kind="bad-names")
 
@@ -74,7 +77,12 @@ class StoredCheckpoint:
         if self._specs is None:
             record = self.manifest.tensors
             file = self._file(record)
-            self._specs, _ = index.unpack_tensors(file, name=self._key(record), num_rows=self.manifest.num_tensors)
+            specs, counts = index.unpack_tensors(file, name=self._key(record), num_rows=self.manifest.num_tensors)
+            if int(counts.sum()) != self.manifest.num_fragments:
+                raise DamagedError(
+                    f"`{self._key(record)}` is damaged: its fragments are not {self.manifest.num_fragments}"
+                )
+            self._specs, self._counts = specs, counts
         return self._specs
 
     @property
@@ -84,19 +92,25 @@ class StoredCheckpoint:
             self._objects = index.unpack_objects(
                 self._file(self.manifest.objects), name=self._key(self.manifest.objects)
             )
+            odd = [row for row in self._objects if not 0 <= row.rank < self.manifest.world]
+            if odd:
+                self._objects = None
+                raise DamagedError(
+                    f"object `{odd[0].name}` is of rank {odd[0].rank}, expected 0 to {self.manifest.world - 1}"
+                )
         return self._objects
 
     def fragments(self, tensors: NDArray[np.integer] | None = None) -> index.FragmentTable:
         """Fragments of the tensors with these ids; of all when None."""
-        record = self.manifest.fragments
-        file = self._file(record, whole=tensors is None or len(tensors) * 2 > len(self.specs))
+        record, specs = self.manifest.fragments, self.specs
+        file = self._file(record, whole=tensors is None or len(tensors) * 2 > len(specs))
         table = index.unpack_fragments(
             file,
-            self.specs,
+            specs,
             tensors,
             self.manifest.block_bytes,
             name=self._key(record),
-            num_rows=self.manifest.num_fragments,
+            counts=self._counts,
         )
         self._check_places(table)
         # Fragments that overlap could add up to a whole and leave elements unread. The random seed lets none be made to fit.

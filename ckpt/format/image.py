@@ -24,9 +24,7 @@ from ckpt.format.spec import TensorSpec
 from ckpt.layout.box import BoxTable, Int64Array
 
 ALIGN_BYTES = 4096
-OBJECT_SLOT_BYTES = (
-    1024  # an object takes a multiple of this, padded with spaces, so that its growth rarely moves others
-)
+OBJECT_SLOT_BYTES = 1024  # an object takes a multiple of this, padded with spaces: its growth rarely moves others
 OBJECT_PREFIX = "object:"
 
 

@@ -140,7 +140,8 @@ def _manifest(document: dict[str, Any], name: str) -> Manifest:
     """The fields, each of its type and within its limits. Fields that this version does not know are passed over."""
     checked = _Checked(document, f"`{name}` is damaged: ")
     world, writers = checked.count("world", 1, WORLD_MAX), checked.get("writers", list)
-    if len(writers) != world:
+    layouts = checked.texts("rank_layouts", {0, world})
+    if not layouts and len(writers) != world:
         raise DamagedError(f"`{name}` is damaged: {len(writers)} writers, expected {world}")
     metrics = checked.get("metrics", dict)
     try:
@@ -167,6 +168,7 @@ def _manifest(document: dict[str, Any], name: str) -> Manifest:
         metadata=checked.get("metadata", dict),
         metrics=numbers,
         structure_changed=checked.get("structure_changed", bool),
+        rank_layouts=layouts,
     )
 
 
@@ -196,6 +198,13 @@ class _Checked:
         values: list[int] = self.get(key, list)
         if len(values) != length or not all(type(value) is int and 0 <= value < 2**32 for value in values):
             raise DamagedError(f"{self._where}field `{key}` must be {length} numbers of 32 bits")
+        return values
+
+    def texts(self, key: str, lengths: set[int]) -> list[str]:
+        """A list of texts, of one of these lengths."""
+        values: list[str] = self.get(key, list)
+        if len(values) not in lengths or not all(type(value) is str for value in values):
+            raise DamagedError(f"{self._where}field `{key}` must be {sorted(lengths)} texts")
         return values
 
     def inner(self, key: str) -> _Checked:

@@ -9,7 +9,6 @@ import numpy as np
 import pytest
 import torch
 import zarr
-from format_samples import all_dtypes, raw, tensor
 
 import ckpt
 from ckpt.config import Options
@@ -18,6 +17,7 @@ from ckpt.engine.reader import StoredCheckpoint
 from ckpt.errors import DamagedError, NotFoundError
 from ckpt.format.spec import TensorSpec
 from ckpt.store.posix import PosixStore
+from tests.format.format_samples import all_dtypes, raw, tensor
 
 # torch warns that its complex32 is young; its bits are stored all the same.
 pytestmark = pytest.mark.filterwarnings("ignore:ComplexHalf support is experimental:UserWarning")
@@ -132,7 +132,22 @@ def test_damage_reaches_the_reader_as_an_error(tmp_path: Path) -> None:
 
 
 def test_awkward_names_get_paths_of_their_own() -> None:
-    names = ["a", "a/b", "..", ".", "x//y", "__k", "zarr.json", "p%q", "back\\slash", "a/%self", "c", "c/c", "/lead", "%empty"]
+    names = [
+        "a",
+        "a/b",
+        "..",
+        ".",
+        "x//y",
+        "__k",
+        "zarr.json",
+        "p%q",
+        "back\\slash",
+        "a/%self",
+        "c",
+        "c/c",
+        "/lead",
+        "%empty",
+    ]
     paths = array_paths(names)
     assert len(set(paths)) == len(names)
     assert paths[:3] == ["a/%self", "a/b", "%2E%2E"]

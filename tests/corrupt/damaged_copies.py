@@ -59,7 +59,9 @@ class DictStore:
         return key in self.files
 
     def list(self, prefix: str) -> list[Entry]:
-        return [Entry(key=k, nbytes=len(v), modified_s=0.0) for k, v in sorted(self.files.items()) if k.startswith(prefix)]
+        return [
+            Entry(key=k, nbytes=len(v), modified_s=0.0) for k, v in sorted(self.files.items()) if k.startswith(prefix)
+        ]
 
     def list_folders(self, prefix: str) -> list[str]:
         return sorted({k.removeprefix(prefix).split("/")[0] for k in self.files if "/" in k.removeprefix(prefix)})
@@ -81,9 +83,13 @@ def everything(files: Files, step: int = 1) -> dict[str, Any]:
 
 def contents(checkpoint: Checkpoint) -> dict[str, Any]:
     """All tensors, objects and notes of a checkpoint."""
-    out: dict[str, Any] = {"step": checkpoint.step, "metrics": checkpoint.metrics, "metadata": checkpoint.manifest.metadata}
+    out: dict[str, Any] = {
+        "step": checkpoint.step,
+        "metrics": checkpoint.metrics,
+        "metadata": checkpoint.manifest.metadata,
+    }
     for name, rank in checkpoint.objects():
-        out[f"{name}@{rank}"] = checkpoint.object(name, rank=rank)
+        out[f"{name}@{rank}"] = checkpoint.read_object(name, rank=rank)
     for name, view in checkpoint.items():
         value = view[...]
         data = value.reshape(-1).view(torch.uint8).numpy().tobytes() if value.numel() else b""

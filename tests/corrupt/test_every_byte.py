@@ -1,6 +1,6 @@
 """Goal: no change of any byte of any file gives wrong data, a crash or a hang.
 
-Method: flip each byte of a tiny checkpoint and cut each file at every third length; read everything; the answer is either what was
+Method: flip each byte of a tiny checkpoint, cut each file at every third length; read everything; the answer is what was
 saved or a refusal. Every second flip is of one bit, the others of all eight.
 """
 
@@ -10,9 +10,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from damaged_copies import Files, OpenedOnce, everything, outcome, parts_of, saved
 
 from ckpt.errors import DamagedError, NotFoundError, VersionError
+from tests.corrupt.damaged_copies import Files, OpenedOnce, everything, outcome, parts_of, saved
 
 STATE = {
     "model": {"w": torch.arange(12, dtype=torch.int16).reshape(3, 4), "s": torch.tensor(2.5), "e": torch.empty(0, 2)},
@@ -77,9 +77,7 @@ def test_a_missing_file_is_damage_and_a_missing_manifest_is_no_checkpoint(files:
         assert outcome(without) is (NotFoundError if key.endswith("manifest.json") else DamagedError), key
 
 
-def test_files_swapped_within_a_checkpoint_or_with_another_are_refused(
-    files: Files, tmp_path: Path
-) -> None:
+def test_files_swapped_within_a_checkpoint_or_with_another_are_refused(files: Files, tmp_path: Path) -> None:
     other = saved(tmp_path, {**STATE, "model": {**STATE["model"], "w": STATE["model"]["w"] + 1}}, step=1)
     (key, folder), (other_key, other_folder) = parts_of(files), parts_of(other)
     expected = everything(files)
@@ -87,7 +85,9 @@ def test_files_swapped_within_a_checkpoint_or_with_another_are_refused(
     for name in names:
         found = outcome({**files, f"{folder}/{name}": other[f"{other_folder}/{name}"]})
         # Two saves of the same structure may have equal index files; then nothing was changed.
-        assert found == expected if other[f"{other_folder}/{name}"] == files[f"{folder}/{name}"] else found is DamagedError
+        assert (
+            found == expected if other[f"{other_folder}/{name}"] == files[f"{folder}/{name}"] else found is DamagedError
+        )
         for wrong in names:
             if wrong != name:
                 assert outcome({**files, f"{folder}/{name}": files[f"{folder}/{wrong}"]}) is DamagedError

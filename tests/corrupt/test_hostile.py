@@ -18,7 +18,6 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
-from damaged_copies import OPTIONS, DictStore, Files, everything, parts_of, saved, with_file, with_manifest
 
 import ckpt
 from ckpt.engine.reader import StoredCheckpoint
@@ -26,6 +25,16 @@ from ckpt.errors import DamagedError, InvalidInputError, NotFoundError, VersionE
 from ckpt.format.image import header_nbytes, parse_header
 from ckpt.format.objects import decode
 from ckpt.kernels import crc32c
+from tests.corrupt.damaged_copies import (
+    OPTIONS,
+    DictStore,
+    Files,
+    everything,
+    parts_of,
+    saved,
+    with_file,
+    with_manifest,
+)
 
 STATE = {"m": {"a": torch.arange(8.0), "b": torch.arange(6, dtype=torch.int16).reshape(2, 3)}, "k": {"lr": 0.5}}
 
@@ -94,7 +103,7 @@ MANIFESTS: dict[str, tuple[Change, str]] = {
     "image shorter than its fragments": (put("writers/0/nbytes", 4100), "lies outside its image"),
     "header over fragments": (put("writers/0/header_bytes", 4160), "lies outside its image"),
     "one tensor too few": (put("num_tensors", 1), "rows, expected 1"),
-    "one fragment too many": (put("num_fragments", 3), "rows, expected 3"),
+    "one fragment too many": (put("num_fragments", 3), "fragments are not 3"),
     "all fragments": (put("num_fragments", 1 << 60), "field `num_fragments`"),
     "metric of text": (put("metrics", {"loss": "low"}), "a metric must be a number"),
     "metrics list": (put("metrics", []), "field `metrics`"),
@@ -182,12 +191,15 @@ COLUMNS: dict[str, tuple[str, str, list[Any], str]] = {
     "NUL in a name": ("tensors", "name", ["a\0", "m/b"], "NUL"),
     "unknown dtype": ("tensors", "dtype", ["float32", "object"], "`object` cannot be stored"),
     "wrong ids": ("tensors", "id", [1, 0], "ids are not their places"),
+    "too few fragments": ("tensors", "num_fragments", [0, 1], "its fragments are not 2"),
+    "fragments of another": ("tensors", "num_fragments", [0, 2], "are in no fragment"),
+    "negative fragments": ("tensors", "num_fragments", [3, -1], "cannot have"),
     "null name": ("tensors", "name", [None, "m/b"], "nulls"),
     "null in a shape": ("tensors", "shape", [[None], [2, 3]], "nulls"),
     "unsorted tensors": ("fragments", "tensor", [1, 0], "not sorted"),
     "unknown tensor": ("fragments", "tensor", [0, 2], "name tensors that are not there"),
     "negative tensor": ("fragments", "tensor", [-1, 0], "name tensors that are not there"),
-    "missing tensor": ("fragments", "tensor", [0, 0], "number of dims"),
+    "missing tensor": ("fragments", "tensor", [0, 0], "another number of fragments"),
     "negative offset": ("fragments", "offsets", [[-1], [0, 0]], "lies outside its tensor"),
     "offset beyond": ("fragments", "offsets", [[1], [0, 0]], "lies outside its tensor"),
     "huge offset": ("fragments", "offsets", [[(1 << 63) - 1], [0, 0]], "lies outside its tensor"),
@@ -208,7 +220,8 @@ COLUMNS: dict[str, tuple[str, str, list[Any], str]] = {
     "too many checksums": ("fragments", "checksums", [[1, 2], [1]], "lies outside its tensor or file"),
     "wrong checksum": ("fragments", "checksums", [[1], [1]], "expected crc32c"),
     "null checksums": ("fragments", "checksums", [None, [1]], "nulls"),
-    "object rank": ("objects", "rank", [5, 0], "lies outside its image"),
+    "object rank": ("objects", "rank", [5, 0], "is of rank 5, expected 0 to 0"),
+    "object writer": ("objects", "writer", [5, 0], "lies outside its image"),
     "object before the file": ("objects", "byte_offset", [-5, 4140], "lies outside its image"),
     "object in the header": ("objects", "byte_offset", [0, 4140], "lies outside its image"),
     "object of negative length": ("objects", "nbytes", [-1, 1024], "lies outside its image"),
@@ -260,6 +273,8 @@ def fragments(files: Files, rows: list[dict[str, Any]]) -> Files:
     """The files with these rows in fragments.parquet."""
     table = pa.Table.from_pylist(rows, schema=table_of(files, "fragments.parquet").schema)
     changed = with_file(files, "fragments.parquet", parquet(table))
+    counts = [sum(row["tensor"] == tensor for row in rows) for tensor in range(2)]
+    changed = with_column(changed, "tensors.parquet", "num_fragments", counts)
     return with_manifest(changed, put("num_fragments", len(rows)))
 
 
@@ -296,11 +311,14 @@ def test_a_row_group_of_very_many_rows_is_refused(files: Files) -> None:
     table = pa.table({"tensor": pa.array([0] * 200_000, pa.int32())})
     columns = {field.name: pa.nulls(200_000, field.type) for field in table_of(files, "fragments.parquet").schema}
     data = parquet(pa.table({**columns, "tensor": table["tensor"]}), row_group_size=200_000)
-    changed = with_manifest(with_file(files, "fragments.parquet", data), put("num_fragments", 200_000))
+    changed = with_column(files, "tensors.parquet", "num_fragments", [200_000, 0])
+    changed = with_manifest(with_file(changed, "fragments.parquet", data), put("num_fragments", 200_000))
     refused(changed, "a row group has more than")
 
 
-@pytest.mark.parametrize("data", [b"", b"PAR1", b"PAR1" * 4, b"PAR1" + struct.pack("<I", 1 << 31) + b"PAR1", b"\0" * 100])
+@pytest.mark.parametrize(
+    "data", [b"", b"PAR1", b"PAR1" * 4, b"PAR1" + struct.pack("<I", 1 << 31) + b"PAR1", b"\0" * 100]
+)
 def test_a_file_that_is_no_parquet_is_refused(files: Files, data: bytes) -> None:
     for name in ("tensors.parquet", "fragments.parquet", "objects.parquet"):
         refused(with_file(files, name, data), f"{name}` is damaged")

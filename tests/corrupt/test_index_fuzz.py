@@ -7,19 +7,21 @@ the parsers themselves are exercised. Data that come back must be the saved ones
 from __future__ import annotations
 
 import io
+import os
 from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
-from damaged_copies import REFUSALS, Files, everything, parts_of, saved, with_file, with_manifest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from tests.corrupt.damaged_copies import REFUSALS, Files, everything, parts_of, saved, with_file, with_manifest
+
 STATE = {"m": {"a": torch.arange(8.0), "b": torch.arange(6, dtype=torch.int16).reshape(2, 3)}, "k": {"lr": 0.5}}
 NAMES = ["tensors.parquet", "fragments.parquet", "objects.parquet"]
-EXAMPLES = 120
+EXAMPLES = int(os.environ.get("CKPT_TEST_FUZZ_EXAMPLES", "120"))  # a longer run is a matter of one variable
 
 
 @pytest.fixture(scope="module")
@@ -40,7 +42,9 @@ def read(files: Files) -> dict[str, Any] | None:
 def test_changed_bytes_of_an_index_file_never_crash_a_read(files: Files, data: st.DataObject) -> None:
     name = data.draw(st.sampled_from(NAMES))
     body = bytearray(files[f"{parts_of(files)[1]}/{name}"])
-    for at, value in data.draw(st.lists(st.tuples(st.integers(0, len(body) - 1), st.integers(0, 255)), min_size=1, max_size=4)):
+    for at, value in data.draw(
+        st.lists(st.tuples(st.integers(0, len(body) - 1), st.integers(0, 255)), min_size=1, max_size=4)
+    ):
         body[at] = value
     read(with_file(files, name, bytes(body)))
 
@@ -53,7 +57,13 @@ def values_of(kind: pa.DataType) -> st.SearchStrategy[Any]:
         return st.lists(values_of(kind.value_type), max_size=3)
     if pa.types.is_string(kind):
         return st.sampled_from(["", "m/a", "m/b", "k", "float32", "bool", "complex128", "../x", "replicated", "rank"])
-    low, high = (0, 2**32 - 1) if kind == pa.uint32() else (-(2**31), 2**31 - 1) if kind == pa.int32() else (-(2**63), 2**63 - 1)
+    low, high = (
+        (0, 2**32 - 1)
+        if kind == pa.uint32()
+        else (-(2**31), 2**31 - 1)
+        if kind == pa.int32()
+        else (-(2**63), 2**63 - 1)
+    )
     return NUMBERS.filter(lambda number: low <= number <= high)
 
 

@@ -66,11 +66,11 @@ def test_code_of_the_page_runs(page: pathlib.Path, tmp_path: pathlib.Path) -> No
 PRELUDE = """
 def _run_command(line):
     import shlex
-    from ckpt.cli import main
+    from ckpt.cli import run
     words = shlex.split(line)
     assert words[0] == "ckpt", line
     try:
-        code = main(words[1:])
+        code = run(words[1:])
     except SystemExit as stop:
         code = stop.code
     assert not code, f"{line}: exit code {code}"

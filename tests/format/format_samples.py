@@ -40,7 +40,9 @@ def tensor(dtype: str, shape: tuple[int, ...], seed: int = 0) -> torch.Tensor:
     num = int(np.prod(shape, dtype=np.int64))
     if num == 0:
         return torch.empty(shape, dtype=torch_dtype(dtype))
-    return torch.frombuffer(bytearray(bits(dtype, num, seed)), dtype=torch.uint8).view(torch_dtype(dtype)).reshape(shape)
+    return (
+        torch.frombuffer(bytearray(bits(dtype, num, seed)), dtype=torch.uint8).view(torch_dtype(dtype)).reshape(shape)
+    )
 
 
 def raw(value: torch.Tensor) -> bytes:

@@ -6,10 +6,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from format_samples import all_dtypes, raw, tensor
 
 import ckpt
 from ckpt.format.dtypes import DTYPES
+from tests.format.format_samples import all_dtypes, raw, tensor
 
 # torch warns that its complex32 is young; its bits are stored all the same.
 pytestmark = pytest.mark.filterwarnings("ignore:ComplexHalf support is experimental:UserWarning")

@@ -11,10 +11,12 @@ from tests.workers.rank_group import RankGroup
 
 @pytest.fixture(scope="session")
 def rank_group() -> Iterator[Callable[[int], RankGroup]]:
-    """A group of so many ranks, started when it is first asked for. For tests that leave the group whole."""
+    """A group of so many ranks, started when it is first asked for. One that a failed call left behind is replaced."""
     groups: dict[int, RankGroup] = {}
 
     def get(world: int) -> RankGroup:
+        if world in groups and not groups[world].is_whole:
+            groups.pop(world).close()
         if world not in groups:
             groups[world] = RankGroup(world)
         return groups[world]

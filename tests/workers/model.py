@@ -6,7 +6,8 @@ experts stacked in one tensor and experts with a tensor each, buffers of two dty
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 
 import numpy as np
 import torch
@@ -81,6 +82,21 @@ class Net(nn.Module):
         """Make output and embedding share their weight."""
         if self.output is not None and self.embedding is not None:
             self.output.weight = self.embedding.weight
+
+
+@contextmanager
+def scaled(factor: int) -> Iterator[None]:
+    """A model that many times as wide (so its tensors are `factor` squared times as large) while this is open."""
+    names = ("VOCABULARY", "WIDTH", "HIDDEN", "EXPERT_WIDTH")
+    before = {name: globals()[name] for name in (*names, "QKV_PARTS")}
+    globals().update({name: before[name] * factor for name in names})
+    globals()["QKV_PARTS"] = tuple(part * factor for part in before["QKV_PARTS"])
+    _SHAPES.clear()
+    try:
+        yield
+    finally:
+        globals().update(before)
+        _SHAPES.clear()
 
 
 BUFFERS = {

@@ -43,6 +43,7 @@ class RankGroup:
         import torch.distributed as dist
 
         self.world = world
+        self.is_whole = True  # False once a call failed: the ranks may be out of step
         # Not kept by the ranks: a rank that dies takes nothing with it.
         self._store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
         context = multiprocessing.get_context("forkserver")
@@ -85,9 +86,11 @@ class RankGroup:
     def call(self, function: str, *args: Any, timeout_s: float = 60.0) -> list[Any]:
         """Call on all ranks and return what each returned; AssertionError with the tracebacks when one raised."""
         self.start(function, *args)
+        self.is_whole = False
         answers = self.outcomes(timeout_s)
         failed = [f"rank {rank}: {answer}" for rank, answer in enumerate(answers) if "value" not in answer]
         assert not failed, "\n".join(failed).replace("\\n", "\n")
+        self.is_whole = True
         return [answer["value"] for answer in answers]
 
     def close(self) -> None:
