@@ -79,7 +79,9 @@ class StoredCheckpoint:
             file = self._file(record)
             specs, counts = index.unpack_tensors(file, name=self._key(record), num_rows=self.manifest.num_tensors)
             if int(counts.sum()) != self.manifest.num_fragments:
-                raise DamagedError(f"`{self._key(record)}` is damaged: its fragments are not {self.manifest.num_fragments}")
+                raise DamagedError(
+                    f"`{self._key(record)}` is damaged: its fragments are not {self.manifest.num_fragments}"
+                )
             self._specs, self._counts = specs, counts
         return self._specs
 
