@@ -20,7 +20,6 @@ from torch.distributed.distributed_c10d import _get_default_group, _get_default_
 from ckpt.engine.world import AloneWorld, World
 from ckpt.errors import RankFailedError
 
-
 # Per default group and set of ranks: how many worlds were made of it.
 _num_made: WeakKeyDictionary[dist.ProcessGroup, Counter[tuple[int, ...]]] = WeakKeyDictionary()
 
