@@ -79,7 +79,9 @@ class StoredCheckpoint:
             file = self._file(record)
             specs, counts = index.unpack_tensors(file, name=self._key(record), num_rows=self.manifest.num_tensors)
             if int(counts.sum()) != self.manifest.num_fragments:
-                raise DamagedError(f"`{self._key(record)}` is damaged: its fragments are not {self.manifest.num_fragments}")
+                raise DamagedError(
+                    f"`{self._key(record)}` is damaged: its fragments are not {self.manifest.num_fragments}"
+                )
             self._specs, self._counts = specs, counts
         return self._specs
 
@@ -93,7 +95,9 @@ class StoredCheckpoint:
             odd = [row for row in self._objects if not 0 <= row.rank < self.manifest.world]
             if odd:
                 self._objects = None
-                raise DamagedError(f"object `{odd[0].name}` is of rank {odd[0].rank}, expected 0 to {self.manifest.world - 1}")
+                raise DamagedError(
+                    f"object `{odd[0].name}` is of rank {odd[0].rank}, expected 0 to {self.manifest.world - 1}"
+                )
         return self._objects
 
     def fragments(self, tensors: NDArray[np.integer] | None = None) -> index.FragmentTable:

@@ -300,7 +300,9 @@ def unpack_tensors(
         raise DamagedError(f"`{name}` is damaged: the sizes of its tensors are not those of their shapes, or cannot be")
     counts: Int64Array = table["num_fragments"].to_numpy()
     if ((counts < 0) | (counts > INDEX_ROWS_MAX)).any():
-        raise DamagedError(f"`{name}` is damaged: a tensor cannot have {int(counts.max())} or {int(counts.min())} fragments")
+        raise DamagedError(
+            f"`{name}` is damaged: a tensor cannot have {int(counts.max())} or {int(counts.min())} fragments"
+        )
     return specs, counts
 
 

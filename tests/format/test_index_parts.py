@@ -55,9 +55,7 @@ def test_other_row_groups_are_not_read(monkeypatch: pytest.MonkeyPatch) -> None:
     specs, data = packed(counts, 20_000, monkeypatch)
     monkeypatch.setattr(index, "INDEX_BLOCK_BYTES", 4096)
     read: list[int] = []
-    file = index.VerifiedFile(
-        index.file_record("f", data), lambda a, b: (read.append(b - a), data[a:b])[1], name="f"
-    )
+    file = index.VerifiedFile(index.file_record("f", data), lambda a, b: (read.append(b - a), data[a:b])[1], name="f")
     found = index.unpack_fragments(file, specs, np.array([7]), BLOCK, name="f", counts=np.array(counts))
     assert len(found) == 20_000
     assert sum(read) < len(data) / 5
