@@ -1,40 +1,79 @@
-"""ckpt: distributed checkpoints for torch.distributed training. Saved as it lies on the ranks, loaded on any layout."""
+"""ckpt: distributed checkpoints for torch.distributed training. Saved as it lies on the ranks, loaded on any layout.
 
+Public names are imported when they are first used: torch takes seconds to import, and the command line rarely needs it.
+"""
+
+from __future__ import annotations
+
+import importlib
 from typing import TYPE_CHECKING, Any
 
-from ckpt.api import Checkpointer, async_save, load, open, save  # noqa: A004 - `ckpt.open` reads like what it does
-from ckpt.config import Options
-from ckpt.engine.background import PendingSave
-from ckpt.engine.load import Loaded
-from ckpt.engine.save import Saved
-from ckpt.engine.view import Checkpoint, TensorView
-from ckpt.errors import (
-    AlreadyExistsError,
-    CheckpointError,
-    DamagedError,
-    InvalidInputError,
-    MismatchError,
-    NotFoundError,
-    RankFailedError,
-    SaveFailedError,
-    StoreError,
-    VersionError,
-)
-from ckpt.format.objects import register_codec
-from ckpt.layout.box import Box
-from ckpt.layout.layout import Layout
-from ckpt.state import FlatOptimizerState, FlatShard, annotate
-from ckpt.state.elastic import ElasticLoader, ElasticSampler
-from ckpt.state.loader import Loader
-from ckpt.state.rng import RNG
-
 if TYPE_CHECKING:
+    from ckpt.api import Checkpointer, async_save, load, open, save
+    from ckpt.config import Options
     from ckpt.convert.zarr import zarr_store
+    from ckpt.engine.background import PendingSave
+    from ckpt.engine.load import Loaded
+    from ckpt.engine.save import Saved
+    from ckpt.engine.view import Checkpoint, TensorView
+    from ckpt.errors import (
+        AlreadyExistsError,
+        CheckpointError,
+        DamagedError,
+        InvalidInputError,
+        MismatchError,
+        NotFoundError,
+        RankFailedError,
+        SaveFailedError,
+        StoreError,
+        VersionError,
+    )
+    from ckpt.format.objects import register_codec
+    from ckpt.layout.box import Box
+    from ckpt.layout.layout import Layout
+    from ckpt.state import FlatOptimizerState, FlatShard, annotate
+    from ckpt.state.elastic import ElasticLoader, ElasticSampler
+    from ckpt.state.loader import Loader
+    from ckpt.state.rng import RNG
 
 __version__ = "0.1.0"
 
+_PLACES = {
+    "Checkpointer": "ckpt.api",
+    "async_save": "ckpt.api",
+    "load": "ckpt.api",
+    "open": "ckpt.api",
+    "save": "ckpt.api",
+    "Options": "ckpt.config",
+    "zarr_store": "ckpt.convert.zarr",
+    "PendingSave": "ckpt.engine.background",
+    "Loaded": "ckpt.engine.load",
+    "Saved": "ckpt.engine.save",
+    "Checkpoint": "ckpt.engine.view",
+    "TensorView": "ckpt.engine.view",
+    "AlreadyExistsError": "ckpt.errors",
+    "CheckpointError": "ckpt.errors",
+    "DamagedError": "ckpt.errors",
+    "InvalidInputError": "ckpt.errors",
+    "MismatchError": "ckpt.errors",
+    "NotFoundError": "ckpt.errors",
+    "RankFailedError": "ckpt.errors",
+    "SaveFailedError": "ckpt.errors",
+    "StoreError": "ckpt.errors",
+    "VersionError": "ckpt.errors",
+    "register_codec": "ckpt.format.objects",
+    "Box": "ckpt.layout.box",
+    "Layout": "ckpt.layout.layout",
+    "FlatOptimizerState": "ckpt.state",
+    "FlatShard": "ckpt.state",
+    "annotate": "ckpt.state",
+    "ElasticLoader": "ckpt.state.elastic",
+    "ElasticSampler": "ckpt.state.elastic",
+    "Loader": "ckpt.state.loader",
+    "RNG": "ckpt.state.rng",
+}
+
 __all__ = [
-    "RNG",
     "AlreadyExistsError",
     "Box",
     "Checkpoint",
@@ -53,6 +92,7 @@ __all__ = [
     "NotFoundError",
     "Options",
     "PendingSave",
+    "RNG",
     "RankFailedError",
     "SaveFailedError",
     "Saved",
@@ -70,9 +110,12 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    """`zarr_store` on first use: importing zarr would double the time that `import ckpt` takes."""
-    if name == "zarr_store":
-        from ckpt.convert.zarr import zarr_store
+    if name not in _PLACES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(importlib.import_module(_PLACES[name]), name)
+    globals()[name] = value
+    return value
 
-        return zarr_store
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -24,22 +24,22 @@ class Options:
     exchange_timeout_s: float = 300.0  # one exchange between ranks before a save or load
     poll_start_s: float = 0.002  # first pause between looks at the store
     poll_max_s: float = 0.25  # longest pause between looks
-    chunk_bytes: int = 16 * MIB  # one buffer of the write path
+    chunk_bytes: int = 16 * MIB  # one buffer of the write path, a multiple of 4 KiB
     copy_threads: int = 2  # of one rank, for copies and checksums
     write_buffers: int = 3  # buffers of the write path per save
     read_bytes_max: int = 16 * MIB  # one read
     read_gap_bytes_max: int = 16 * KIB  # two ranges nearer than this are read as one
-    read_threads: int = 4
+    read_threads: int = 4  # reads of one load in flight
     exchange: str = (
-        "auto"  # ranks that load share their reads: "auto" (when it saves over 2 % of the bytes), "always", "never"
+        "auto"  # whether ranks that load share their reads: auto (if it saves over 2 % of bytes), always, never
     )
     exchange_ranks_max: int = 64  # larger worlds read alone
     exchange_round_bytes: int = 128 * MIB  # per rank and round
     part_bytes: int = 16 * MIB  # one part of a multipart upload
     store_threads: int = 8  # requests in flight to an object store
     store_attempts: int = 5  # tries of one request to an object store
-    connect_timeout_s: float = 10.0
-    read_timeout_s: float = 60.0
+    connect_timeout_s: float = 10.0  # to an object store
+    read_timeout_s: float = 60.0  # one answer of an object store
     claim_ttl_s: float = 900.0  # stores without conditional writes: a claim older than this is dead
     gc_grace_s: float = 3600.0  # unpublished attempts younger than this are kept by gc
     direct_io: bool = True  # write images around the page cache where the file system can
@@ -49,6 +49,8 @@ class Options:
             value = getattr(self, field.name)
             if not isinstance(value, bool | str) and value <= 0:
                 raise InvalidInputError(f"option `{field.name}` must be positive, found {value}")
+        if self.chunk_bytes % (4 * KIB):  # no element lies across two chunks, and each is written around the page cache
+            raise InvalidInputError(f"option `chunk_bytes` must be a multiple of 4,096, found {self.chunk_bytes}")
         if self.exchange not in ("auto", "always", "never"):
             raise InvalidInputError(f"option `exchange` must be auto, always or never, found {self.exchange!r}")
 

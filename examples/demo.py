@@ -10,10 +10,12 @@ from __future__ import annotations
 import argparse
 import importlib.util
 import shutil
+import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
+from types import FrameType
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run as a script: the root of the repository
 
@@ -29,6 +31,8 @@ PRODUCTS = ("runs", "logs", "loss.png", "report.json")
 def main() -> int:
     """Run all phases; the exit code."""
     options = _parse_options()
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, _interrupt)  # so that its jobs end with it
     out: Path = options.out.resolve()
     start_s = time.monotonic()
     try:
@@ -53,6 +57,10 @@ def main() -> int:
         )
     print(f"{out / 'loss.png'}: the curves; {time.monotonic() - start_s:.0f} s in all")
     return 1 if violated else 0
+
+
+def _interrupt(number: int, frame: FrameType | None) -> None:
+    raise KeyboardInterrupt
 
 
 def _run_all(plan: Script, out: Path) -> list[Outcome]:

@@ -68,7 +68,9 @@ def check_store(store: Store) -> list[Check]:
         with contextlib.suppress(CheckpointError):  # the error that brought us here is the one to report
             store.delete(keys)
     gone = not store.list(f"{prefix}/")
-    checks.append(Check(name="delete", ok=gone, detail="removed what was written" if gone else f"{prefix} is still there"))
+    checks.append(
+        Check(name="delete", ok=gone, detail="removed what was written" if gone else f"{prefix} is still there")
+    )
     return checks
 
 
@@ -100,7 +102,10 @@ def _create_once(store: Store, key: str) -> Check:
         refused = True
     kept = store.read(key) == b"first"
     if conditional:
-        ok, detail = refused and kept, "atomic" if refused and kept else "said to be atomic, but a second create was not refused"
+        ok, detail = (
+            refused and kept,
+            "atomic" if refused and kept else "said to be atomic, but a second create was not refused",
+        )
     else:
         ok, detail = True, "not atomic here: two writers of one step are kept apart by claims"
     return Check(name="conditional create", ok=ok, detail=detail)
@@ -120,5 +125,7 @@ def _direct_io(store: PosixStore, key: str) -> Check:
     try:
         os.close(os.open(path, os.O_RDONLY | os.O_DIRECT))
     except OSError as error:
-        return Check(name="direct I/O", ok=True, detail=f"not here ({error.strerror}); writes go through the page cache")
+        return Check(
+            name="direct I/O", ok=True, detail=f"not here ({error.strerror}); writes go through the page cache"
+        )
     return Check(name="direct I/O", ok=True, detail="available")

@@ -10,8 +10,6 @@ from typing import Any
 import click
 import numpy as np
 import psutil
-import torch
-import torch.distributed as dist
 
 from ckpt import kernels
 from ckpt.cli import texts
@@ -62,12 +60,22 @@ def _facts() -> dict[str, Any]:
         "memory_bytes": psutil.virtual_memory().total,
         "memory_free_bytes": psutil.virtual_memory().available,
         "kernels": kernels.kernel_info(),
+        **_torch_facts(),
+        "byte_order": "little" if np.little_endian else "big",
+    }
+
+
+def _torch_facts() -> dict[str, Any]:
+    """What torch was built with. Imported here, so that no other command waits for torch."""
+    import torch
+    import torch.distributed as dist
+
+    return {
         "distributed": {
             "gloo": dist.is_available() and dist.is_gloo_available(),
             "nccl": dist.is_available() and dist.is_nccl_available(),
         },
         "cuda_devices": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())],
-        "byte_order": "little" if np.little_endian else "big",
     }
 
 

@@ -25,7 +25,9 @@ from ckpt.store.base import Store
 @click.option("--keep-best", type=int, metavar="N", help="Keep the N best by --metric.")
 @click.option("--metric", metavar="NAME", help="A metric saved with the checkpoints, for --keep-best.")
 @click.option("--mode", type=click.Choice(("min", "max")), default="min", show_default=True, help="What is best.")
-@click.option("--keep", "keep_steps", type=int, multiple=True, metavar="STEP", help="Keep this step; may be given often.")
+@click.option(
+    "--keep", "keep_steps", type=int, multiple=True, metavar="STEP", help="Keep this step; may be given often."
+)
 @click.option("-n", "--dry-run", is_flag=True, help="Only show what would be kept and forgotten, and why.")
 def forget(printer: Printer, checkpoints: Address, dry_run: bool, **rules: Any) -> None:
     """Forget checkpoints: those named, or those that no keep rule keeps (the newest is always kept).
@@ -56,7 +58,9 @@ def forget(printer: Printer, checkpoints: Address, dry_run: bool, **rules: Any) 
 
 
 def _policy(rules: dict[str, Any]) -> Policy | None:
-    given = {name: rules[name] for name in ("keep_last", "keep_every", "keep_best", "metric") if rules[name] is not None}
+    given = {
+        name: rules[name] for name in ("keep_last", "keep_every", "keep_best", "metric") if rules[name] is not None
+    }
     if not given and not rules["keep_steps"]:
         return None
     return Policy(

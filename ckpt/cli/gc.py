@@ -58,7 +58,9 @@ def _document(run: Address, report: GcReport) -> dict[str, Any]:
     return {
         "url": run.url,
         "dry_run": report.dry_run,
-        "removals": [{"step": r.step, "attempt": r.attempt, "reason": r.reason, "nbytes": r.nbytes} for r in plan.removals],
+        "removals": [
+            {"step": r.step, "attempt": r.attempt, "reason": r.reason, "nbytes": r.nbytes} for r in plan.removals
+        ],
         "kept": [{"step": k.step, "attempt": k.attempt, "reason": k.reason, "nbytes": k.nbytes} for k in plan.kept],
         "leftovers": list(plan.leftovers),
         "spared": list(report.spared),

@@ -108,6 +108,11 @@ def _metrics(metrics: dict[str, float]) -> str:
 
 def _print_attempts(printer: Printer, attempts: list[dict[str, Any]]) -> None:
     printer.text("")
-    columns = (Column(title="step", right=True), Column(title="state"), Column(title="size", right=True), Column(title="attempt"))
+    columns = (
+        Column(title="step", right=True),
+        Column(title="state"),
+        Column(title="size", right=True),
+        Column(title="attempt"),
+    )
     rows = [(a["step"], a["state"], texts.size(a["stored_bytes"]), a["attempt"]) for a in attempts]
     printer.table(columns, rows, footer=f"{texts.plural(len(attempts), 'attempt')} that `ckpt gc` looks after")

@@ -28,21 +28,25 @@ def plan(printer: Printer, checkpoint: Address, **target: Any) -> None:
         layout = target_layout(stored, target)
         made = plan_reshard(stored, layout, options=stored.options)
         ranks = [_rank(made, layout, image) for image in made.images]
-    wanted = sum(rank["held_bytes"] for rank in ranks)
-    read = sum(rank["read_bytes"] for rank in ranks)
+        once = made.all_reads()
     document = {
         "url": checkpoint.url,
         "step": stored.step,
         "layout": to_document(layout),
         "ranks": ranks,
         "tensor_bytes": stored.manifest.tensor_bytes,
-        "wanted_bytes": wanted,
-        "read_bytes": read,
-        "read_ratio": read / wanted if wanted else 1.0,
-        "written_bytes": sum(rank["written_bytes"] for rank in ranks),
+        "load": _amount(sum(rank["held_bytes"] for rank in ranks), sum(rank["read_bytes"] for rank in ranks)),
+        "reshard": {
+            **_amount(once.wanted_nbytes, once.read_nbytes),
+            "written_bytes": sum(rank["written_bytes"] for rank in ranks),
+        },
     }
     printer.document(document)
     _print(printer, document)
+
+
+def _amount(wanted: int, read: int) -> dict[str, Any]:
+    return {"wanted_bytes": wanted, "read_bytes": read, "read_ratio": read / wanted if wanted else 1.0}
 
 
 def _rank(made: ReshardPlan, layout: Layout, image: TargetImage) -> dict[str, Any]:
@@ -80,9 +84,14 @@ def _print(printer: Printer, document: dict[str, Any]) -> None:
         )
         for rank in document["ranks"]
     ]
+    load, reshard = document["load"], document["reshard"]
     footer = (
-        f"{texts.plural(len(rows), 'rank')} hold {texts.size(document['wanted_bytes'])}"
-        f" of {texts.size(document['tensor_bytes'])} of tensors, read {texts.size(document['read_bytes'])}"
-        f" ({document['read_ratio']:.3f} times that); a reshard writes {texts.size(document['written_bytes'])}"
+        f"load on {texts.plural(len(rows), 'rank')}: {_ratio(load)}\n"
+        f"reshard in one process: {_ratio(reshard)}, {texts.size(reshard['written_bytes'])} written"
     )
     printer.table(columns, rows, footer=footer)
+
+
+def _ratio(amount: dict[str, Any]) -> str:
+    wanted, read = texts.size(amount["wanted_bytes"]), texts.size(amount["read_bytes"])
+    return f"{read} read for {wanted} wanted ({amount['read_ratio']:.3f} times)"

@@ -28,7 +28,9 @@ def reshard(printer: Printer, source: Address, target: Address, memory: str | No
     readers. DST shows nothing until all of it is there.
     """
     if target.steps is not None:
-        raise InvalidInputError("the step stays what it was: name the run to write into without `@`", kind="bad-address")
+        raise InvalidInputError(
+            "the step stays what it was: name the run to write into without `@`", kind="bad-address"
+        )
     memory_bytes = texts.parse_size(memory) if memory is not None else None
     options = config.from_environment()
     with opened(printer, source) as stored, opened_run(printer, target, role="target") as into:

@@ -73,8 +73,14 @@ def _print(printer: Printer, shown: dict[str, Any]) -> None:
     facts = (
         ("run", shown["url"]),
         ("step", shown["step"]),
-        ("saved", f"{texts.local_time(shown['created'])} by {shown['program']} on {texts.plural(shown['world'], 'rank')}"),
-        ("tensors", f"{shown['num_tensors']:,} of {texts.size(shown['tensor_bytes'])}, in {shown['num_fragments']:,} fragments"),
+        (
+            "saved",
+            f"{texts.local_time(shown['created'])} by {shown['program']} on {texts.plural(shown['world'], 'rank')}",
+        ),
+        (
+            "tensors",
+            f"{shown['num_tensors']:,} of {texts.size(shown['tensor_bytes'])}, in {shown['num_fragments']:,} fragments",
+        ),
         ("stored", f"{texts.size(shown['stored_bytes'])}, {texts.size(shown['index_bytes'])} of it index"),
         ("attempt", shown["attempt"]),
         ("layout", layout),
@@ -90,6 +96,11 @@ def _print(printer: Printer, shown: dict[str, Any]) -> None:
     )
     if shown["objects"]:
         printer.text("")
-        columns = (Column(title="object"), Column(title="kind"), Column(title="rank", right=True), Column(title="size", right=True))
+        columns = (
+            Column(title="object"),
+            Column(title="kind"),
+            Column(title="rank", right=True),
+            Column(title="size", right=True),
+        )
         rows = [(o["name"], o["kind"], o["rank"], texts.size(o["nbytes"])) for o in shown["objects"]]
         printer.table(columns, rows)

@@ -47,7 +47,14 @@ def tensors(printer: Printer, checkpoint: Address, glob: str | None) -> None:
         Column(title="size", right=True),
     )
     rows = [
-        (s.name + "".join(f" = {a}" for a in s.aliases), s.role, s.dtype, texts.shape(s.shape), counts[i], texts.size(s.nbytes))
+        (
+            s.name + "".join(f" = {a}" for a in s.aliases),
+            s.role,
+            s.dtype,
+            texts.shape(s.shape),
+            counts[i],
+            texts.size(s.nbytes),
+        )
         for i, s in ((i, specs[i]) for i in ids)
     ]
     total = sum(specs[i].nbytes for i in ids)

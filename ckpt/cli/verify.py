@@ -58,22 +58,36 @@ def _report(printer: Printer, address: Address, results: Sequence[Verified]) -> 
             "url": address.url,
             "ok": num_findings == 0,
             "num_findings": num_findings,
-            "checkpoints": [
-                {**dataclasses.asdict(result), "ok": not result.findings} for result in results
-            ],
+            "checkpoints": [{**dataclasses.asdict(result), "ok": not result.findings} for result in results],
         }
     )
-    columns = (Column(title="step", right=True), Column(title="files", right=True), Column(title="size", right=True), Column(title="result"))
+    columns = (
+        Column(title="step", right=True),
+        Column(title="files", right=True),
+        Column(title="size", right=True),
+        Column(title="result"),
+    )
     rows = [
-        (r.step, r.num_files, texts.size(r.nbytes), texts.plural(len(r.findings), "damaged place") if r.findings else "ok")
+        (
+            r.step,
+            r.num_files,
+            texts.size(r.nbytes),
+            texts.plural(len(r.findings), "damaged place") if r.findings else "ok",
+        )
         for r in results
     ]
     printer.table(columns, rows)
     if not num_findings:
         return
     printer.text("")
-    columns = (Column(title="step", right=True), Column(title="what"), Column(title="file"), Column(title="bytes"), Column(title="kind"))
-    printer.table(columns, [(result.step, *_row(finding)) for result in results for finding in result.findings])
+    places = (
+        Column(title="step", right=True),
+        Column(title="what"),
+        Column(title="file"),
+        Column(title="bytes"),
+        Column(title="kind"),
+    )
+    printer.table(places, [(result.step, *_row(finding)) for result in results for finding in result.findings])
     sound = [result.step for result in results if not result.findings]
     hints = [f"checkpoint {sound[-1]} is sound; load it with `step={sound[-1]}`"] if sound else []
     damaged = [str(result.step) for result in results if result.findings]

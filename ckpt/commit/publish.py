@@ -51,7 +51,8 @@ def publish(
         raise AssertionError("the manifest names another attempt")
     names.attempt_folder(step, attempt)
     _refuse_aborted(store, step, attempt)
-    refuse_existing_other(store, step, attempt)
+    if refuse_existing_other(store, step, attempt):
+        return
     if store.conditional_create:
         failpoints.hit("commit.before-manifest")
         _create(store, step, attempt, manifest)
@@ -126,11 +127,12 @@ def abort_reason(store: Store, step: int, attempt: str) -> str | None:
     return str(record.get("reason", "no reason given"))
 
 
-def refuse_existing_other(store: Store, step: int, attempt: str) -> None:
-    """AlreadyExistsError when `step` is complete by another attempt than this one."""
+def refuse_existing_other(store: Store, step: int, attempt: str) -> bool:
+    """AlreadyExistsError when another attempt is the checkpoint of `step`; else whether this one is already."""
     winner = published_attempt(store, step)
     if winner is not None and winner != attempt:
         raise _exists_error(store, step)
+    return winner == attempt
 
 
 def _create(store: Store, step: int, attempt: str, manifest: bytes) -> None:
@@ -155,23 +157,31 @@ def _put_under_claim(store: Store, step: int, attempt: str, manifest: bytes, cla
         if error.kind != "unreachable":
             claim.release()
         _resolve_lost_answer(store, step, attempt, error)
-    refuse_existing_other(store, step, attempt)
+    try:
+        landed = refuse_existing_other(store, step, attempt)
+    except StoreError as error:
+        raise _unknown_error(step, error.message) from error
+    if not landed:
+        raise _unknown_error(step, "the manifest was written and then not found")
     claim.release()
 
 
 def _resolve_lost_answer(store: Store, step: int, attempt: str, error: StoreError) -> None:
     """Return when the manifest is ours in spite of `error`; raise what is known when not."""
-    if error.kind != "unreachable":
-        raise error  # refused, or a failed sync: whether it shows or not, it is not durable
-    unknown = _unknown_error(step, error)
+    if error.kind not in ("unreachable", "io"):
+        raise error  # refused
+    unknown = _unknown_error(step, error.message)
     try:
         winner = published_attempt(store, step)
     except StoreError:
         raise unknown from error
+    if winner is not None and winner != attempt:
+        raise _exists_error(store, step) from error
+    if error.kind == "io":
+        # A failed sync: what shows may not survive a power failure, so it is no success either.
+        raise (error if winner is None else unknown) from error
     if winner is None:
         raise unknown from error  # a request that is still on its way may land yet
-    if winner != attempt:
-        raise _exists_error(store, step) from error
 
 
 def _refuse_aborted(store: Store, step: int, attempt: str) -> None:
@@ -189,15 +199,15 @@ def _withdraw_if_aborted(store: Store, step: int, attempt: str) -> None:
     try:
         reason = abort_reason(store, step, attempt)
     except StoreError as error:
-        raise _unknown_error(step, error) from error
+        raise _unknown_error(step, error.message) from error
     if reason is not None:
         store.delete([names.manifest_key(step)])
         raise RankFailedError(f"step {step} was aborted while it was being published: {reason}", kind="aborted")
 
 
-def _unknown_error(step: int, error: StoreError) -> StoreError:
+def _unknown_error(step: int, reason: str) -> StoreError:
     return StoreError(
-        f"the store went away while step {step} was being published: it may be complete or not ({error.message})",
+        f"the store failed while step {step} was being published: it may be complete or not ({reason})",
         kind="outcome-unknown",
         hints=(f"`ckpt ls` shows whether step {step} is complete; the step before it is untouched",),
     )

@@ -17,7 +17,7 @@ import math
 import os
 import threading
 from collections.abc import AsyncIterator, Iterable, Iterator, Mapping, Sequence
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -44,7 +44,7 @@ _BITS = {1: "uint8", 2: "uint16", 4: "uint32", 8: "uint64"}
 def zarr_store(
     url: str | os.PathLike[str],
     *,
-    step: int | Literal["latest"] | None = None,
+    step: int | None = None,
     chunk_bytes: int = CHUNK_BYTES,
     options: Options | None = None,
     storage_options: Mapping[str, Any] | None = None,
@@ -52,7 +52,7 @@ def zarr_store(
     """Checkpoint `step` of the run at `url` as a read-only Zarr store: `zarr.open_group(store=..., mode="r")`.
 
     Args:
-        step: a number, or "latest" (= None).
+        step: the newest complete one when None.
         chunk_bytes: about how large a chunk is. The smallest read is one chunk, rounded to checksum blocks.
 
     Raises NotFoundError for no such run or checkpoint; DamagedError later, when a chunk that is read is damaged.

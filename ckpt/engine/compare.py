@@ -79,13 +79,18 @@ def plan_comparison(before: StoredCheckpoint, after: StoredCheckpoint) -> Compar
     ]
     tables = before.fragments(), after.fragments()
     same_blocks = before.manifest.block_bytes == after.manifest.block_bytes
-    edges = [np.searchsorted(t.boxes.tensor, np.arange(len(s.specs) + 1)) for t, s in zip(tables, (before, after), strict=True)]
+    edges = [
+        np.searchsorted(t.boxes.tensor, np.arange(len(s.specs) + 1))
+        for t, s in zip(tables, (before, after), strict=True)
+    ]
     differing, to_read = [], []
     for name in common:
-        rows = [slice(int(e[i]), int(e[i + 1])) for e, i in zip(edges, (ids_before[name], ids_after[name]), strict=True)]
+        rows = [
+            slice(int(e[i]), int(e[i + 1])) for e, i in zip(edges, (ids_before[name], ids_after[name]), strict=True)
+        ]
         if not same_blocks or not _cut_alike(tables, rows, len(before.specs[ids_before[name]].shape)):
             to_read.append(name)
-        elif not np.array_equal(*(_checksums(table, row) for table, row in zip(tables, rows, strict=True))):
+        elif not np.array_equal(_checksums(tables[0], rows[0]), _checksums(tables[1], rows[1])):
             differing.append(name)
     return Comparison(before=before, after=after, differing=tuple(differing), to_read=tuple(to_read))
 

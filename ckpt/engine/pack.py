@@ -124,15 +124,15 @@ def _cut_at_chunks(row: list[NDArray[np.int64]], chunk_bytes: int) -> list[NDArr
 
 
 def _cut_segments(starts: Int64Array, stops: Int64Array, chunk_bytes: int) -> tuple[Int64Array, Int64Array, Int64Array]:
-    """Blocks cut at chunk boundaries: starts, stops, block numbers. A block is shorter than a chunk: at most one cut."""
-    edge = (stops - 1) // chunk_bytes * chunk_bytes
-    crossing = edge > starts
-    block = np.arange(len(starts))
-    all_starts = np.concatenate([starts, edge[crossing]])
-    all_stops = np.concatenate([np.where(crossing, edge, stops), stops[crossing]])
-    blocks = np.concatenate([block, block[crossing]])
-    order = np.argsort(all_starts, kind="stable")
-    return all_starts[order], all_stops[order], blocks[order]
+    """Blocks cut at chunk boundaries: starts, stops, block numbers, sorted. A block may reach over several chunks."""
+    first, last = starts // chunk_bytes, (stops - 1) // chunk_bytes
+    counts = last - first + 1
+    block = np.repeat(np.arange(len(starts)), counts)
+    chunk = np.arange(len(block)) - np.repeat(np.cumsum(counts) - counts, counts) + first[block]
+    low = np.maximum(starts[block], chunk * chunk_bytes)
+    high = np.minimum(stops[block], (chunk + 1) * chunk_bytes)
+    order = np.argsort(low, kind="stable")
+    return low[order], high[order], block[order]
 
 
 class Packer:

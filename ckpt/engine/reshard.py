@@ -73,6 +73,16 @@ class ReshardPlan:
         """Bytes of progress: each tensor byte is read once and each image byte written once."""
         return self.stored.manifest.tensor_bytes + sum(image.nbytes for image in self.images)
 
+    def all_reads(self) -> ReadPlan:
+        """The reads of a reshard whose memory holds all images at once."""
+        rows = [image.program.layout.rows for image in self.images]
+        dims = max(table.num_dims for table in rows)
+        tensor = np.concatenate([table.tensor for table in rows])
+        order = np.argsort(tensor, kind="stable")
+        offsets = np.concatenate([pad_dims(table.offsets, dims, 0) for table in rows])
+        lengths = np.concatenate([pad_dims(table.lengths, dims, 1) for table in rows])
+        return self.reads(BoxTable(tensor=tensor[order], offsets=offsets[order], lengths=lengths[order]))
+
     def reads(self, boxes: BoxTable) -> ReadPlan:
         """The reads that give these boxes to one rank."""
         strides = contiguous_strides(boxes.lengths, self._itemsizes(boxes))
@@ -284,7 +294,7 @@ class _Reshard:
             low, high = image.program.chunk_range(chunk)
             view = buffer[low - part.start : high - part.start]
             self._packers[image.rank].checksum(chunk, view)
-            writer.write(memoryview(view))
+            writer.write(view.data)
             self._progress(high - low)
         if part.last == image.program.num_chunks:
             writer.commit()

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -97,8 +97,8 @@ class _Verification:
             findings=self._findings,
         )
 
-    def _add(self, message: str, file: str, *, kind: str = "damaged", **place: str | int | None) -> None:
-        self._findings.append(Finding(kind=kind, message=message, file=file, **place))  # type: ignore[arg-type]
+    def _add(self, message: str, file: str, *, kind: str = "damaged", **place: Any) -> None:
+        self._findings.append(Finding(kind=kind, message=message, file=file, **place))
 
     def _try(self, record: FileRecord, call: Callable[[], _T]) -> _T | None:
         """The result of a look at a file of the index, or a finding."""
@@ -140,7 +140,9 @@ class _Verification:
             self._progress(stop - start)
             expected, found = record.crc32c[block], crc32c(data)
             if expected != found:
-                text = f"bytes [{start}, {stop}) of `{key}` are damaged: expected crc32c {expected:08x}, found {found:08x}"
+                text = (
+                    f"bytes [{start}, {stop}) of `{key}` are damaged: expected crc32c {expected:08x}, found {found:08x}"
+                )
                 self._add(text, key, start=start, stop=stop)
         return len(self._findings) == before
 
@@ -235,7 +237,7 @@ class _Verification:
         for row in rows:
             stop = row.byte_offset + row.nbytes
             key = self._stored.image_keys[row.writer] if 0 <= row.writer < len(readable) else self._stored.folder
-            place = {"start": row.byte_offset, "stop": stop, "object": row.name}
+            place: dict[str, Any] = {"start": row.byte_offset, "stop": stop, "object": row.name}
             try:
                 self._stored.read_object(row)
                 self._check_object_entry(row, headers[row.writer])

@@ -1,17 +1,14 @@
-"""The ranks of a job, as far as saving and loading need them: who am I, and one exchange of typed arrays.
+"""The ranks of a job, as far as saving and loading need them: who am I, and exchanges of typed arrays.
 
-In: a torch process group, or nothing. Out: `World`. Collectives run on a gloo group of ckpt's own, never on a group that
-training uses, and only when a structure is seen for the first time. Nothing is pickled. Every wait has a deadline.
+In: bytes of each rank. Out: bytes of all. `World` is what engines ask for; torch_world.py makes one of a process group.
+Imports no torch: the command line starts without it.
 """
 
 from __future__ import annotations
 
-import datetime
 from typing import Protocol
 
 import numpy as np
-import torch
-import torch.distributed as dist
 from numpy.typing import NDArray
 
 from ckpt.errors import CheckpointError, RankFailedError
@@ -41,60 +38,6 @@ class AloneWorld:
 
     def all_to_all(self, parts: list[NDArray[np.uint8]], sizes: list[int]) -> list[NDArray[np.uint8]]:
         return parts
-
-
-class TorchWorld:
-    """The ranks of a torch process group, over a gloo group of our own. Made by all ranks of `group` together."""
-
-    def __init__(self, group: dist.ProcessGroup | None, timeout_s: float) -> None:
-        self.rank = dist.get_rank(group)
-        self.size = dist.get_world_size(group)
-        self._timeout_s = timeout_s
-        timeout = datetime.timedelta(seconds=timeout_s)
-        ranks = dist.get_process_group_ranks(group) if group is not None else None
-        # use_local_synchronization: only the members call, so that a sub-group can save by itself.
-        self._group = dist.new_group(
-            ranks, timeout=timeout, backend="gloo", use_local_synchronization=group is not None
-        )
-
-    def all_gather(self, data: NDArray[np.uint8]) -> list[NDArray[np.uint8]]:
-        size = torch.tensor([len(data)], dtype=torch.int64)
-        sizes = [torch.zeros(1, dtype=torch.int64) for _ in range(self.size)]
-        self._wait(dist.all_gather(sizes, size, group=self._group, async_op=True))
-        longest = max(int(n) for n in sizes)
-        padded = torch.zeros(longest, dtype=torch.uint8)
-        padded[: len(data)] = torch.from_numpy(np.array(data))  # a copy: the caller's may be read-only
-        out = [torch.empty(longest, dtype=torch.uint8) for _ in range(self.size)]
-        if longest:
-            self._wait(dist.all_gather(out, padded, group=self._group, async_op=True))
-        return [tensor.numpy()[: int(n)] for tensor, n in zip(out, sizes, strict=True)]
-
-    def all_to_all(self, parts: list[NDArray[np.uint8]], sizes: list[int]) -> list[NDArray[np.uint8]]:
-        send = torch.from_numpy(np.concatenate(parts))
-        out = torch.empty(sum(sizes), dtype=torch.uint8)
-        work = dist.all_to_all_single(out, send, sizes, [len(part) for part in parts], group=self._group, async_op=True)
-        self._wait(work)
-        return np.split(out.numpy(), np.cumsum(sizes)[:-1])
-
-    def _wait(self, work: dist.Work | None) -> None:
-        assert work is not None
-        try:
-            work.wait()
-        except RuntimeError as error:  # gloo says which peer it lost, or that its time is up
-            raise RankFailedError(
-                f"rank {self.rank} of {self.size} waited for the other ranks for up to {self._timeout_s:.0f} s: {error}",
-                kind="rank-missing",
-                hints=(
-                    "every rank must call save or load for the same step; look for the first error in the other ranks",
-                ),
-            ) from error
-
-
-def current_world(group: dist.ProcessGroup | None, timeout_s: float) -> World:
-    """The world of `group`, of the default group, or of this process alone."""
-    if not dist.is_available() or not dist.is_initialized() or dist.get_world_size(group) == 1:
-        return AloneWorld()
-    return TorchWorld(group, timeout_s)
 
 
 def raise_together(world: World, error: CheckpointError | None, state: str) -> None:

@@ -55,7 +55,7 @@ def open_store(
 
 def _open_s3(rest: str, options: Options, storage_options: Mapping[str, Any] | None) -> Store:
     bucket, _, prefix = rest.rstrip("/").partition("/")
-    if not bucket or "//" in prefix or any(part in (".", "..") for part in prefix.split("/")):
+    if not bucket or prefix.startswith("/") or "//" in prefix or any(part in (".", "..") for part in prefix.split("/")):
         raise _bad_url(f"s3://{rest}", "write s3://bucket/folder")
     try:
         from ckpt.store.s3 import S3Store

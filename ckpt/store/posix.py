@@ -19,7 +19,7 @@ from collections.abc import Iterator, Sequence
 from ckpt.config import Options
 from ckpt.errors import AlreadyExistsError, DamagedError, InvalidInputError, NotFoundError, StoreError
 from ckpt.store.base import Entries, Entry, Names, check_keys
-from ckpt.store.posix_folders import FolderTree, error_of, split_key
+from ckpt.store.posix_folders import FOLDER_RETRIES, FolderTree, error_of, split_key
 from ckpt.store.posix_writer import PosixWriter
 
 _READ_FLAGS = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC  # a FIFO must not block us
@@ -27,7 +27,6 @@ _NEW_FILE = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC | os.O_NOFOLLOW
 _TEMPORARY = ".tmp-"  # begins the name of every unfinished file; no key may begin so
 _NO_LINKS = (errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK)
 _RENAME_NOREPLACE = 1
-_FOLDER_RETRIES = 8
 _Files = list[tuple[str, os.stat_result]]
 
 
@@ -70,9 +69,9 @@ class PosixStore:
         try:
             with self._tree.opened(folders) as folder:
                 return stat.S_ISREG(os.stat(name, dir_fd=folder, follow_symlinks=False).st_mode)
-        except FileNotFoundError:
-            return False
         except OSError as error:
+            if error.errno in (errno.ENOENT, errno.ENOTDIR, errno.ELOOP):
+                return False  # behind a link or below a file there is no object either
             raise self._error(error, key, "look for") from error
 
     def list(self, prefix: str) -> Entries:
@@ -200,6 +199,7 @@ class PosixStore:
             with self._made_with_file(folders, temporary) as (folder, fd):
                 try:
                     _write_and_sync(fd, data)
+                    self._tree.sync_entries(folders)
                     yield folder, temporary, name
                 finally:
                     with contextlib.suppress(FileNotFoundError):
@@ -214,13 +214,13 @@ class PosixStore:
     @contextlib.contextmanager
     def _made_with_file(self, folders: tuple[str, ...], name: str) -> Iterator[tuple[int, int]]:
         """Folder and a new file in it; made again when another process pruned the folder in between."""
-        for attempt in range(_FOLDER_RETRIES):
+        for attempt in range(FOLDER_RETRIES):
             with contextlib.ExitStack() as stack:
                 try:
                     folder = stack.enter_context(self._tree.made(folders))
                     fd = os.open(name, _NEW_FILE, 0o666, dir_fd=folder)
                 except FileNotFoundError:
-                    if attempt == _FOLDER_RETRIES - 1:
+                    if attempt == FOLDER_RETRIES - 1:
                         raise
                     continue
                 stack.callback(os.close, fd)
@@ -249,7 +249,7 @@ class PosixStore:
                     elif item.is_file(follow_symlinks=False):
                         with contextlib.suppress(FileNotFoundError):
                             files.append((item.name, os.stat(item.name, dir_fd=fd, follow_symlinks=False)))
-        except FileNotFoundError:
+        except (FileNotFoundError, NotADirectoryError):
             return [], []
         except OSError as error:
             raise self._error(error, "/".join(folders), "list") from error

@@ -17,6 +17,7 @@ from collections.abc import Iterator
 
 from ckpt.errors import CheckpointError, DamagedError, InvalidInputError, NotFoundError, StoreError
 
+FOLDER_RETRIES = 32  # a folder can vanish between making and using it when another process prunes empty ones
 _FOLDER_FLAGS = os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _DENIED = (errno.EACCES, errno.EPERM, errno.EROFS)
@@ -74,7 +75,11 @@ class FolderTree:
 
     @contextlib.contextmanager
     def made(self, folders: tuple[str, ...]) -> Iterator[int]:
-        """As `opened`, with missing folders made and each new entry synced in its parent."""
+        """As `opened`, with missing folders made. They are durable after `sync_entries` only.
+
+        Apart, because an empty folder may be pruned by another process while its parent is synced, which takes a while:
+        the caller puts a file into it first.
+        """
         self._make_root()
         fd = os.open(self._root, _FOLDER_FLAGS)
         try:
@@ -86,6 +91,18 @@ class FolderTree:
             yield fd
         finally:
             os.close(fd)
+
+    def sync_entries(self, folders: tuple[str, ...]) -> None:
+        """Sync the entries of `folders` and its parents, as far as this process has not done so already.
+
+        Also of folders that were there: another process may have made them and died before its sync.
+        """
+        for depth in range(1, len(folders) + 1):
+            if folders[:depth] not in self._durable:
+                with self.opened(folders[: depth - 1]) as parent:
+                    os.fsync(parent)
+                with self._lock:
+                    self._durable.add(folders[:depth])
 
     def prune(self, folders: tuple[str, ...]) -> None:
         """Remove `folders` and its parents below the root as far as they are empty."""
@@ -102,6 +119,8 @@ class FolderTree:
                 self._durable.discard(folders[:depth])
 
     def _make_root(self) -> None:
+        if os.path.exists(self._root) and not os.path.isdir(self._root):
+            raise InvalidInputError(f"{self._root} is a file, not a folder", kind="bad-url")
         missing = []
         path = self._root
         while not os.path.isdir(path):
@@ -119,12 +138,9 @@ class FolderTree:
         try:
             os.mkdir(name, dir_fd=parent)
         except FileExistsError:
-            # Another process may have made it and died before its sync, so the first look syncs as well.
-            if folders in self._durable:
-                return
-        os.fsync(parent)
+            return
         with self._lock:
-            self._durable.add(folders)
+            self._durable.discard(folders)
 
 
 def sync_folder(path: str) -> None:

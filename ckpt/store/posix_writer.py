@@ -19,11 +19,10 @@ from collections.abc import Iterator
 import numpy as np
 
 from ckpt.errors import AlreadyExistsError, CheckpointError
-from ckpt.store.posix_folders import FolderTree, error_of, split_key
+from ckpt.store.posix_folders import FOLDER_RETRIES, FolderTree, error_of, split_key
 
 BLOCK_BYTES = 4096  # a multiple of every logical block size in use
 _NEW_FILE = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC | os.O_NOFOLLOW
-_FOLDER_RETRIES = 8  # a folder can vanish between making and using it when another process prunes empty ones
 
 
 class PosixWriter:
@@ -70,6 +69,7 @@ class PosixWriter:
             self._flush_tail()
             os.fsync(self._fd)
             self._close()
+            self._tree.sync_entries(self._folders)
             with self._tree.opened(self._folders) as folder:
                 os.fsync(folder)
         self._committed = True
@@ -84,12 +84,12 @@ class PosixWriter:
             os.unlink(self._name, dir_fd=folder)
 
     def _open_new(self, direct: bool) -> int:
-        for attempt in range(_FOLDER_RETRIES):
+        for attempt in range(FOLDER_RETRIES):
             try:
                 with self._tree.made(self._folders) as folder:
                     return self._open_in(folder, direct)
             except FileNotFoundError:
-                if attempt == _FOLDER_RETRIES - 1:
+                if attempt == FOLDER_RETRIES - 1:
                     raise
         raise AssertionError("not reached")
 
@@ -170,9 +170,7 @@ class PosixWriter:
         if self._fd >= 0:
             fd, self._fd = self._fd, -1
             os.close(fd)
-        if self._staging is not None:
-            self._staging.close()
-            self._staging = None
+        self._staging = None  # unmapped with its last view; a traceback may still hold one
 
     @contextlib.contextmanager
     def _explained(self, verb: str) -> Iterator[None]:

@@ -26,7 +26,7 @@ from typing import Any, TypeVar
 import fsspec.asyn
 from s3fs import S3FileSystem
 
-from ckpt.config import Options
+from ckpt.config import MIB, OBJECT_BYTES_MAX, Options
 from ckpt.errors import AlreadyExistsError, CheckpointError, DamagedError, InvalidInputError, NotFoundError, StoreError
 from ckpt.store.base import Entries, Entry, Names, check_keys
 from ckpt.store.s3_errors import code_of, error_of
@@ -35,6 +35,7 @@ from ckpt.store.s3_upload import S3Writer
 
 _T = TypeVar("_T")
 PAGE_KEYS = 1000  # of one listing request; the most that S3 gives
+SLOWEST_BYTES_PER_S = MIB  # a transfer slower than this is given up
 _PAUSE_S = 0.1  # between tries to create
 
 
@@ -51,8 +52,9 @@ class S3Store:
         self._lock = threading.Lock()
         self._slots = threading.BoundedSemaphore(options.store_threads)  # parts on their way
         self._conditional: bool | None = None
-        # Of one request with all its retries. botocore ends earlier; this is for a loop that hangs.
-        self.timeout_s = options.store_attempts * (options.connect_timeout_s + options.read_timeout_s + 20.0)
+        # Of one small request with all its retries and pauses. botocore ends earlier; this is for a loop that hangs.
+        seconds = options.connect_timeout_s + options.read_timeout_s
+        self.timeout_s = options.store_attempts * seconds + 2.0 ** min(options.store_attempts, 6)
 
     @property
     def url(self) -> str:
@@ -72,7 +74,7 @@ class S3Store:
             # Asked for first, because rclone's server spins for ever over a range that begins after the end.
             stop = max(start, self.size(key))
         if stop is None:
-            return self._run(key, "read", lambda: self._get(key))
+            return self._run(key, "read", lambda: self._get(key), nbytes=OBJECT_BYTES_MAX)
         buffer = bytearray(_check_range(key, start, stop))
         self.read_into(key, start, memoryview(buffer))
         return bytes(buffer)
@@ -82,7 +84,7 @@ class S3Store:
         if not len(view):
             self._check_size(key, _check_range(key, start, start) + start)
             return
-        self._run(key, "read", lambda: self._get_into(key, start, view))
+        self._run(key, "read", lambda: self._get_into(key, start, view), nbytes=len(view))
 
     def size(self, key: str) -> int:
         return int(self.request(key, "look at", "head_object")["ContentLength"])
@@ -157,6 +159,8 @@ class S3Store:
         self._check_prefix(prefix)
         try:
             answer = self._bucket_request("list uploads in", "list_multipart_uploads", Prefix=self._prefix + prefix)
+        except NotFoundError:
+            return 0  # how rclone's server says that there are none
         except StoreError as error:
             if error.kind == "unsupported":
                 return 0
@@ -184,7 +188,8 @@ class S3Store:
 
     def request(self, key: str, verb: str, method: str, **arguments: Any) -> Any:
         """One request about one key, with its failure explained."""
-        return self._run(key, verb, lambda: self._call(method, Key=self._full(key), **arguments))
+        nbytes = arguments["Body"].getbuffer().nbytes if isinstance(arguments.get("Body"), io.BytesIO) else 0
+        return self._run(key, verb, lambda: self._call(method, Key=self._full(key), **arguments), nbytes=nbytes)
 
     def send_part(self, key: str, upload_id: str, number: int, part: io.BytesIO) -> Future[str]:
         """Start to upload a part; waits for a free slot, which is free again when the part is done."""
@@ -221,11 +226,12 @@ class S3Store:
     async def _call(self, method: str, **arguments: Any) -> Any:
         return await self._fs()._call_s3(method, Bucket=self._bucket, **arguments)
 
-    def _run(self, key: str, verb: str, coroutine: Callable[[], Awaitable[_T]]) -> _T:
+    def _run(self, key: str, verb: str, coroutine: Callable[[], Awaitable[_T]], *, nbytes: int = 0) -> _T:
         if key:
             check_keys([key])
         with self._explained(key, verb):
-            return fsspec.asyn.sync(self._fs().loop, coroutine, timeout=self.timeout_s)  # type: ignore[no-any-return]
+            timeout_s = self.timeout_s + nbytes / SLOWEST_BYTES_PER_S
+            return fsspec.asyn.sync(self._fs().loop, coroutine, timeout=timeout_s)  # type: ignore[no-any-return]
 
     @contextlib.contextmanager
     def _explained(self, key: str, verb: str) -> Iterator[None]:

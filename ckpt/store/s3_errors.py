@@ -72,6 +72,8 @@ def error_of(error: BaseException, *, url: str, key: str, verb: str) -> Checkpoi
         return StoreError(f"no such bucket: {place}", kind="no-bucket", hints=("make the bucket, or check its name",))
     if code in ("NoSuchKey", "404") or (not code and isinstance(error, FileNotFoundError)):
         return NotFoundError(f"no object {place}", kind="no-object")
+    if code == "NoSuchUpload":
+        return NotFoundError(f"no such upload of {place}", kind="no-object")
     if code in ("InvalidRange", "416"):
         return DamagedError(f"{place} is truncated: it ends before the bytes wanted", kind="truncated")
     if code in _REFUSED:

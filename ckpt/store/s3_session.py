@@ -15,12 +15,26 @@ import threading
 from collections.abc import Mapping
 from typing import Any
 
+import botocore.handlers
 from s3fs import S3FileSystem
 
 from ckpt.config import Options
 
 _shared: dict[tuple[int, str], S3FileSystem] = {}  # by process id and configuration
 _lock = threading.Lock()
+
+
+class QuietFileSystem(S3FileSystem):  # type: ignore[misc]
+    """s3fs without `Expect: 100-continue`.
+
+    With that header aiohttp waits for the server's word without any timeout: a server that accepts connections and then
+    hangs would hold a put until our own last limit, instead of being retried after `read_timeout_s`.
+    """
+
+    async def set_session(self, refresh: bool = False, kwargs: Mapping[str, Any] | None = None) -> Any:
+        client = await super().set_session(refresh=refresh, kwargs=kwargs or {})
+        client.meta.events.unregister("before-call.s3", botocore.handlers.add_expect_header)
+        return client
 
 
 def shared_filesystem(options: Options, storage_options: Mapping[str, Any]) -> S3FileSystem:
@@ -51,7 +65,7 @@ def _make(options: Options, storage_options: Mapping[str, Any]) -> S3FileSystem:
         "response_checksum_validation": "when_required",
         **given.pop("config_kwargs", {}),
     }
-    fs = S3FileSystem(skip_instance_cache=True, use_listings_cache=False, config_kwargs=config, **given)
+    fs = QuietFileSystem(skip_instance_cache=True, use_listings_cache=False, config_kwargs=config, **given)
     fs.retries = 1  # botocore retries already
     return fs
 

@@ -13,6 +13,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -148,7 +149,10 @@ def stop(job: subprocess.Popen[bytes]) -> None:
     """End the job and every process it started, if they still run."""
     if job.poll() is not None:
         return
-    family = [psutil.Process(job.pid), *psutil.Process(job.pid).children(recursive=True)]
+    try:
+        family = [psutil.Process(job.pid), *psutil.Process(job.pid).children(recursive=True)]
+    except psutil.NoSuchProcess:  # it ended just now
+        family = []
     job.terminate()  # torchrun passes it on
     try:
         job.wait(KILL_GRACE_S)
@@ -156,7 +160,8 @@ def stop(job: subprocess.Popen[bytes]) -> None:
         job.kill()
     _, alive = psutil.wait_procs(family, timeout=1.0)
     for process in alive:
-        process.kill()
+        with suppress(psutil.NoSuchProcess):
+            process.kill()
     job.wait(KILL_GRACE_S)
 
 

@@ -50,7 +50,7 @@ class Screen:
         ranks = "1 rank" if phase.num_ranks == 1 else f"{phase.num_ranks} ranks"
         title = f"{phase.name}: {phase.layout_text}, {ranks}"
         self._task = self._progress.add_task(
-            f"{title:<45}", total=phase.stop, completed=phase.resumes_from, detail="starting"
+            f"{title:<45}", total=phase.kill_at or phase.stop, completed=phase.resumes_from, detail="starting"
         )
         self._plain_s = time.monotonic()
         if not self._live:

@@ -16,13 +16,13 @@ from examples.rehearsal.launch import ROOT, DemoError, Outcome, check_course, ne
 from examples.rehearsal.phases import SAVE_EVERY, Phase, script
 from examples.rehearsal.report import LOSS_TOLERANCE, judge
 
-DEMO_S = 280.0
+DEMO_S = 540.0  # about 70 on 2 idle cores
 UNDISTURBED, KILLED, SAME_LAYOUT, FSDP, STAGES, SINGLE = script(quick=True).phases
 
 
 @pytest.mark.slow
 @pytest.mark.multirank
-@pytest.mark.timeout(300)
+@pytest.mark.timeout(600)
 def test_quick_demo_resumes_on_every_layout(tmp_path: Path) -> None:
     out, output = tmp_path / "demo", tmp_path / "output.txt"
     with output.open("wb") as stream:
