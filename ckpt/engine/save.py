@@ -28,7 +28,7 @@ from ckpt.commit.assemble import Assembler
 from ckpt.config import Options
 from ckpt.engine.agree import agree, find_disagreements, names_by_hash
 from ckpt.engine.pack import Packer, PackProgram, make_program
-from ckpt.engine.structure import layout_digest, structure_digest
+from ckpt.engine.structure import Digests
 from ckpt.engine.world import World
 from ckpt.errors import CheckpointError, RankFailedError
 from ckpt.format import manifest, receipt
@@ -101,6 +101,7 @@ class SaveSession:
 
     def __init__(self, store: Store, world: World, options: Options) -> None:
         self._store, self._world, self._options = store, world, options
+        self._digests = Digests()
         self._planned: _Planned | None = None
         self._session = ""
         self._count = 0
@@ -169,7 +170,7 @@ class SaveSession:
             self._planned = self._plan_with_others(local, request, error)
         publishing.refuse_existing(self._store, request.step)
         planned, changed = self._planned, False
-        if planned.structure != structure_digest(local):
+        if planned.structure != self._digests.structure(local):
             planned, changed = self._plan_alone(local, planned), True
         self._count += 1
         payloads = [padded_object(obj.payload) for obj in local.objects]
@@ -222,12 +223,12 @@ class SaveSession:
         plan = plan_save(agreement.records)
         rows, piece_of_row = rows_of_rank(plan, self._world.rank, local.specs, local.pieces.boxes)
         return _Planned(
-            structure=structure_digest(local),
+            structure=self._digests.structure(local),
             keys=box_keys(records),
             rows=rows,
             piece_of_row=piece_of_row,
             block_bytes=choose_block_bytes(int(plan.load.sum())),
-            layout_digest=layout_digest(local),
+            layout_digest=self._digests.layout(local),
         )
 
     def _plan_alone(self, local: LocalState, old: _Planned) -> _Planned:
@@ -251,8 +252,8 @@ class SaveSession:
         rows = BoxTable(tensor=local.pieces.boxes.tensor[pieces], offsets=offsets, lengths=lengths)
         return dataclasses.replace(
             old,
-            structure=structure_digest(local),
-            layout_digest=layout_digest(local),
+            structure=self._digests.structure(local),
+            layout_digest=self._digests.layout(local),
             keys=keys,
             rows=rows,
             piece_of_row=pieces,
