@@ -34,7 +34,7 @@ from ckpt.errors import CheckpointError, InvalidInputError, NotFoundError, SaveF
 from ckpt.format.spec import LocalState
 from ckpt.layout.document import to_document
 from ckpt.layout.layout import Layout
-from ckpt.state import collect
+from ckpt.state import Collector
 from ckpt.store.base import Store
 from ckpt.store.open import open_store
 
@@ -64,6 +64,7 @@ class Run:
         self.store: Store = open_store(url, options=self.options, storage_options=storage_options)
         self.world: World = current_world(group, self.options.exchange_timeout_s)
         self._session = SaveSession(self.store, self.world, self.options)
+        self._collector = Collector()
         self._background = Background()
         self._pending: PendingSave | None = None
         _live.add(self)
@@ -124,7 +125,7 @@ class Run:
 
     def _collect(self, state: State, layout: Layout | None) -> tuple[LocalState, BaseException | None]:
         try:
-            return collect(state, rank=self.world.rank, world=self.world.size, layout=layout), None
+            return self._collector.collect(state, rank=self.world.rank, world=self.world.size, layout=layout), None
         except CheckpointError as error:  # the other ranks must hear of it before this one raises
             return LocalState.empty(), error
 

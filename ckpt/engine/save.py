@@ -29,7 +29,7 @@ from ckpt.commit.assemble import Assembler
 from ckpt.config import Options
 from ckpt.engine.agree import agree, find_disagreements, names_by_hash
 from ckpt.engine.pack import Packer, PackProgram, make_program
-from ckpt.engine.structure import layout_digest, structure_digest
+from ckpt.engine.structure import Digests
 from ckpt.engine.world import World
 from ckpt.errors import CheckpointError, RankFailedError
 from ckpt.format import manifest, receipt
@@ -102,6 +102,7 @@ class SaveSession:
 
     def __init__(self, store: Store, world: World, options: Options) -> None:
         self._store, self._world, self._options = store, world, options
+        self._digests = Digests()
         self._planned: _Planned | None = None
         self._session = ""
         self._count = 0
@@ -171,7 +172,7 @@ class SaveSession:
             return self._attempt(local, request, planned, start)
 
     def _attempt(self, local: LocalState, request: Request, planned: _Planned, start: float) -> Attempt:
-        changed = planned.structure != structure_digest(local)
+        changed = planned.structure != self._digests.structure(local)
         if changed:
             planned = self._plan_alone(local, planned)
         payloads = [padded_object(obj.payload) for obj in local.objects]
@@ -224,12 +225,12 @@ class SaveSession:
         plan = plan_save(agreement.records)
         rows, piece_of_row = rows_of_rank(plan, self._world.rank, local.specs, local.pieces.boxes)
         return _Planned(
-            structure=structure_digest(local),
+            structure=self._digests.structure(local),
             keys=_piece_keys(records),
             rows=rows,
             piece_of_row=piece_of_row,
             block_bytes=choose_block_bytes(int(plan.load.sum())),
-            layout_digest=layout_digest(local),
+            layout_digest=self._digests.layout(local),
         )
 
     def _plan_alone(self, local: LocalState, old: _Planned) -> _Planned:
@@ -253,8 +254,8 @@ class SaveSession:
         rows = BoxTable(tensor=local.pieces.boxes.tensor[pieces], offsets=offsets, lengths=lengths)
         return dataclasses.replace(
             old,
-            structure=structure_digest(local),
-            layout_digest=layout_digest(local),
+            structure=self._digests.structure(local),
+            layout_digest=self._digests.layout(local),
             keys=keys,
             rows=rows,
             piece_of_row=pieces,

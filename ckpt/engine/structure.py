@@ -9,7 +9,32 @@ import hashlib
 
 import numpy as np
 
-from ckpt.format.spec import LocalState
+from ckpt.format.spec import LocalState, TensorSpec
+from ckpt.layout.box import BoxTable
+
+
+class Digests:
+    """The digests of the states of one run. Made anew only for other objects than the last ones. One owner, one thread."""
+
+    def __init__(self) -> None:
+        self._of: tuple[list[TensorSpec], BoxTable] | None = None
+        self._structure = self._layout = ""
+
+    def structure(self, local: LocalState) -> str:
+        """As `structure_digest`."""
+        self._update(local)
+        return self._structure
+
+    def layout(self, local: LocalState) -> str:
+        """As `layout_digest`."""
+        self._update(local)
+        return self._layout
+
+    def _update(self, local: LocalState) -> None:
+        boxes = local.pieces.boxes
+        if self._of is None or self._of[0] is not local.specs or self._of[1] is not boxes:
+            self._structure, self._layout = structure_digest(local), layout_digest(local)
+            self._of = (local.specs, boxes)
 
 
 def structure_digest(local: LocalState) -> str:

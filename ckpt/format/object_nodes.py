@@ -83,10 +83,14 @@ def _encode_str(walk: Walk, value: str, depth: int) -> Node:
 def _encode_dict(walk: Walk, value: dict[Any, Any], depth: int) -> Node:
     if TAG in value or not all(type(key) is str and (key.isascii() or is_unicode(key)) for key in value):
         return {TAG: "dict", "items": walk.encode_pairs(value, depth)}
-    out = {}
+    out: dict[str, Node] = {}
     try:
         for key, item in value.items():
-            out[key] = walk.encode(item, depth + 1)
+            if type(item) is TensorRef:  # thousands of them in a state of plain tensors
+                walk.enter(depth + 1)
+                out[key] = {TAG: "tensor", "name": item.name}
+            else:
+                out[key] = walk.encode(item, depth + 1)
     except FaultError as fault:
         fault.steps.append(step_text(key))
         raise

@@ -99,7 +99,8 @@ class Walk:
     codecs: Codecs
     num_nodes: int = 0
 
-    def _enter(self, depth: int) -> None:
+    def enter(self, depth: int) -> None:
+        """Count a value; FaultError for one too many or too deep."""
         self.num_nodes += 1
         if self.num_nodes > OBJECT_NODES_MAX:
             raise FaultError(f"more than {OBJECT_NODES_MAX} values", kind="too-large")
@@ -108,7 +109,7 @@ class Walk:
 
     def encode(self, value: Any, depth: int) -> Node:
         """The node of a value that lies `depth` containers deep."""
-        self._enter(depth)
+        self.enter(depth)
         encoder = self.encoders.get(type(value))
         if encoder is not None:
             return encoder(self, value, depth)
@@ -155,7 +156,7 @@ class Walk:
 
     def decode(self, node: Node, depth: int) -> Any:
         """The value of a node that lies `depth` containers deep."""
-        self._enter(depth)
+        self.enter(depth)
         kind = type(node)
         if kind is list:
             return self.decode_items(node, depth)

@@ -7,10 +7,11 @@ from ckpt.state.restore import LoadTarget, target
 from ckpt.state.rng import RNG
 from ckpt.state.rows import SavedWorld, StoredObjectRow
 from ckpt.state.tensors import annotate
-from ckpt.state.walk import collect
+from ckpt.state.walk import Collector, collect
 
 __all__ = [
     "RNG",
+    "Collector",
     "ElasticLoader",
     "ElasticSampler",
     "FlatOptimizerState",

@@ -6,6 +6,7 @@ In: `Part`s. Out: `PieceTable`, the owners of its memory, and the way back to th
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import gc
 import operator
 from collections.abc import Callable, Iterator, Sequence
@@ -42,15 +43,34 @@ def collector_paused() -> Iterator[None]:
             gc.enable()
 
 
-def source_memory(parts: Sequence[Part]) -> HostMemory:
-    """Memory to save from: the tensors' own on the host, a pinned copy of those on a device.
+class SourceMemory:
+    """Memory to save from: the tensors' own on the host, a pinned copy of those on a device. One owner, one thread.
 
-    Device copies run on a side stream that waits for the current one, and are complete on return.
+    Keeps the last table, never a tensor: a table is given out again when all that it is made of is equal.
     """
-    staged = _HostCopies()
-    tensors = [staged.host_of(part.located.memory) for part in parts]
-    staged.wait()
-    return HostMemory(pieces=_table(parts, tensors), keep_alive=tuple(tensors), to_device=_nothing)
+
+    def __init__(self) -> None:
+        self._last: tuple[_Facts, PieceTable] | None = None
+
+    def of(self, parts: Sequence[Part]) -> HostMemory:
+        """The memory of these parts. Device copies run on a side stream that waits for the current one, and are complete
+        on return."""
+        staged = _HostCopies()
+        tensors = [staged.host_of(part.located.memory) for part in parts]
+        staged.wait()
+        facts = _facts(parts, tensors)
+        if self._last is None or self._last[0] != facts:
+            boxes = self._last[1].boxes if self._last is not None else None
+            table = _table(facts)
+            if boxes is not None and _equal(boxes, table.boxes):  # other addresses, the same boxes
+                table = dataclasses.replace(table, boxes=boxes)
+            self._last = (facts, table)
+        return HostMemory(pieces=self._last[1], keep_alive=tuple(tensors), to_device=_nothing)
+
+
+def _equal(one: BoxTable, other: BoxTable) -> bool:
+    columns = ((one.tensor, other.tensor), (one.offsets, other.offsets), (one.lengths, other.lengths))
+    return all(np.array_equal(a, b) for a, b in columns)
 
 
 def target_memory(parts: Sequence[Part], *, filled: Sequence[bool]) -> HostMemory:
@@ -80,7 +100,7 @@ def target_memory(parts: Sequence[Part], *, filled: Sequence[bool]) -> HostMemor
         tensors.append(buffer)
         back.append((memory, buffer))
     return HostMemory(
-        pieces=_table(parts, tensors), keep_alive=tuple(tensors), to_device=lambda: _copy_to_devices(back)
+        pieces=_table(_facts(parts, tensors)), keep_alive=tuple(tensors), to_device=lambda: _copy_to_devices(back)
     )
 
 
@@ -130,44 +150,59 @@ def _nothing() -> None:
     return None
 
 
-def _table(parts: Sequence[Part], tensors: Sequence[torch.Tensor]) -> PieceTable:
+@dataclass(frozen=True, kw_only=True)
+class _Facts:
+    """All that a table is made of, one entry per part. Lists of what is mostly the same objects compare fast."""
+
+    shapes: list[tuple[int, ...]]  # global
+    placed: list[tuple[Placed, ...]]
+    strides: list[tuple[int, ...]]  # elements
+    itemsizes: list[int]
+    address: list[int]
+    limit: list[int]
+
+
+def _facts(parts: Sequence[Part], tensors: Sequence[torch.Tensor]) -> _Facts:
+    storages = [tensor.untyped_storage() for tensor in tensors]
+    return _Facts(
+        shapes=[part.located.shape for part in parts],
+        placed=[part.located.placed for part in parts],
+        strides=[tensor.stride() for tensor in tensors],
+        itemsizes=[tensor.element_size() for tensor in tensors],
+        address=[tensor.data_ptr() for tensor in tensors],
+        limit=[storage.data_ptr() + storage.nbytes() for storage in storages],
+    )
+
+
+def _table(facts: _Facts) -> PieceTable:
     """One row per box that holds an element, in order of the parts."""
-    dims = max((len(part.spec.shape) for part in parts), default=1) or 1
-    index: list[int] = []
+    dims = max(map(len, facts.shapes), default=1) or 1
+    rows: list[int] = []  # number of the part
     offsets, lengths, strides = list[int](), list[int](), list[int]()  # `dims` numbers per row, one after the other
     starts: list[int] = []  # elements from the tensor's first one
-    itemsizes, address, limit = list[int](), list[int](), list[int]()
     pads = [((0,) * n, (1,) * n) for n in range(dims + 1)]
-    for number, (part, tensor) in enumerate(zip(parts, tensors, strict=True)):
-        located = part.located
-        if not located.placed:
-            continue
-        storage, own = tensor.untyped_storage(), tensor.stride()
-        first, stop, itemsize = tensor.data_ptr(), storage.data_ptr() + storage.nbytes(), tensor.element_size()
-        zeros, ones = pads[dims - len(located.shape)]
-        for placed in located.placed:
+    for row, (shape, all_placed, own) in enumerate(zip(facts.shapes, facts.placed, facts.strides, strict=True)):
+        zeros, ones = pads[dims - len(shape)]
+        for placed in all_placed:
             box = placed.box
             if 0 in box.lengths:
                 continue
             start, steps = _in_memory(placed, own)
-            index.append(number)
+            rows.append(row)
             starts.append(start)
             offsets += box.offsets + zeros
             lengths += box.lengths + ones
             strides += steps + zeros
-            itemsizes.append(itemsize)
-            address.append(first)
-            limit.append(stop)
-    num = len(index)
-    width = np.array(itemsizes, np.int64)
+    num, index = len(rows), np.array(rows, np.int64)
+    width = np.array(facts.itemsizes, np.int64)[index]
     return PieceTable(
         boxes=BoxTable(
-            tensor=np.array(index, np.int32),
+            tensor=index.astype(np.int32),
             offsets=np.array(offsets, np.int64).reshape(num, dims),
             lengths=np.array(lengths, np.int64).reshape(num, dims),
         ),
-        address=np.array(address, np.uint64) + (np.array(starts, np.int64) * width).astype(np.uint64),
-        limit=np.array(limit, np.uint64),
+        address=np.array(facts.address, np.uint64)[index] + (np.array(starts, np.int64) * width).astype(np.uint64),
+        limit=np.array(facts.limit, np.uint64)[index],
         strides=np.array(strides, np.int64).reshape(num, dims) * width[:, None],
     )
 

@@ -117,14 +117,14 @@ def part(name: str, role: str, located: Located, *, source: str, aliases: Sequen
     """A part of the state, checked."""
     if not located.is_checked:
         _check_inside(name, located)
-    spec = TensorSpec(
-        name=name,
-        role=role,
-        dtype=dtype_name(located.memory.dtype, tensor=name),
-        shape=located.shape,
-        aliases=tuple(aliases),
-    )
+    spec = _spec(name, role, dtype_name(located.memory.dtype, tensor=name), located.shape, tuple(aliases))
     return Part(spec=spec, located=located, source=source)
+
+
+@functools.lru_cache(maxsize=131072)
+def _spec(name: str, role: str, dtype: str, shape: tuple[int, ...], aliases: tuple[str, ...]) -> TensorSpec:
+    """The same object at every save, so that lists of specs compare at the speed of a comparison of addresses."""
+    return TensorSpec(name=name, role=role, dtype=dtype, shape=shape, aliases=aliases)
 
 
 def locate_plain(name: str, tensor: torch.Tensor) -> Located:

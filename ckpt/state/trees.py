@@ -7,6 +7,7 @@ value, except that `merge` fills the containers it is given.
 from __future__ import annotations
 
 import collections
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -54,10 +55,15 @@ def _taken(item: Any, path: str, depth: int, tensors: dict[str, torch.Tensor], r
             if below in tensors:
                 raise InvalidInputError(f"two values in `{root}` have the name `{below}`", kind="duplicate-name")
             tensors[below] = one
-            taken.append(TensorRef(name=below))
+            taken.append(_ref(below))
         else:
             taken.append(_taken(one, f"{path}/{key}", depth + 1, tensors, root))
     return _refilled(item, taken)
+
+
+@functools.lru_cache(maxsize=131072)
+def _ref(name: str) -> TensorRef:
+    return TensorRef(name=name)
 
 
 def _refilled(container: Any, items: list[Any]) -> Any:

@@ -15,14 +15,14 @@ from torch import nn
 from torch.optim import Optimizer
 
 from ckpt.errors import InvalidInputError
-from ckpt.format.spec import LocalState, StoredObject
+from ckpt.format.spec import LocalState, StoredObject, TensorSpec
 from ckpt.layout.layout import Layout
 from ckpt.state.describe import describe_parts
 from ckpt.state.flat import FlatOptimizerHolder, FlatOptimizerState, FlatShard, FlatShardHolder
 from ckpt.state.holders import Holder
 from ckpt.state.loader import is_loader
 from ckpt.state.locate import Locator, ParamTable
-from ckpt.state.memory import collector_paused, source_memory
+from ckpt.state.memory import SourceMemory, collector_paused
 from ckpt.state.modules import ModuleHolder
 from ckpt.state.names import check_key
 from ckpt.state.optimizers import OptimizerHolder
@@ -61,18 +61,38 @@ def collect(
 
     Errors: InvalidInputError that names the key and what is wrong with it. Called on every rank; no communication.
     """
-    with torch.no_grad(), collector_paused():
-        saved = [holder.save() for holder in open_state(state, rank=rank, layout=layout, names=names)]
-        parts = sorted_parts(part for one in saved for part in one.parts)
-        memory = source_memory(parts)
-    objects = _sorted_objects([item for one in saved for item in one.objects])
-    return LocalState(
-        specs=[part.spec for part in parts],
-        pieces=memory.pieces,
-        objects=objects,
-        keep_alive=memory.keep_alive,
-        describe=lambda: describe_parts(parts),
-    )
+    return Collector().collect(state, rank=rank, world=world, layout=layout, names=names)
+
+
+class Collector:
+    """Collects the state of one run again and again. Owned by one thread; keeps no tensor between the calls.
+
+    Every call walks the whole state and looks at every tensor. What comes out as it did the last time (specs, boxes,
+    addresses) is given out as the very same objects, which those who work with them can tell at once.
+    """
+
+    def __init__(self) -> None:
+        self._specs: list[TensorSpec] = []
+        self._sources = SourceMemory()
+
+    def collect(
+        self, state: Mapping[str, Any], *, rank: int, world: int, layout: Layout | None = None, names: Named = ()
+    ) -> LocalState:
+        """As the function `collect`."""
+        with torch.no_grad(), collector_paused():
+            saved = [holder.save() for holder in open_state(state, rank=rank, layout=layout, names=names)]
+            parts = sorted_parts(part for one in saved for part in one.parts)
+            specs = [part.spec for part in parts]
+            if specs != self._specs:
+                self._specs = specs
+            memory = self._sources.of(parts)
+        return LocalState(
+            specs=self._specs,
+            pieces=memory.pieces,
+            objects=_sorted_objects([item for one in saved for item in one.objects]),
+            keep_alive=memory.keep_alive,
+            describe=lambda: describe_parts(parts),
+        )
 
 
 def open_state(state: Mapping[str, Any], *, rank: int, layout: Layout | None = None, names: Named = ()) -> list[Holder]:
@@ -96,6 +116,8 @@ def open_state(state: Mapping[str, Any], *, rank: int, layout: Layout | None = N
 def sorted_parts(parts: Iterable[Part]) -> list[Part]:
     """By name; one error for all names that two things have."""
     out = sorted(parts, key=lambda part: part.spec.name)
+    if len({part.spec.name for part in out}) == len(out) and not any(part.spec.aliases for part in out):
+        return out
     seen: dict[str, Part] = {}
     twice = []
     for part in out:
