@@ -17,6 +17,7 @@ import torch.distributed.distributed_c10d as c10d
 from torch import nn
 
 import ckpt
+from ckpt.engine.torch_world import TorchWorld
 from ckpt.errors import CheckpointError, RankFailedError, SaveFailedError
 from ckpt.failpoints import FailpointError
 from tests.workers import layouts
@@ -38,6 +39,8 @@ def counted() -> Iterator[Callable[[], list[str]]]:
     calls: list[str] = []
     before = {name: number for name, number in _sequence_numbers()}
     saved = {(module, name): getattr(module, name) for module in (dist, c10d) for name in _COLLECTIVES}
+    own = ("all_gather", "all_to_all", "_own_group")  # on a group of ckpt's own, which torch's list does not have
+    saved |= {(TorchWorld, name): getattr(TorchWorld, name) for name in own}
 
     def spy(name: str, original: Any) -> Any:
         def call(*args: Any, **kwargs: Any) -> Any:

@@ -1,0 +1,64 @@
+"""Goal: every benchmark runs from end to end and reports what the issue asks for. Method: each one in processes of its own, with
+sizes so small that the figures mean nothing; the report is read back.
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def report(name: str, folder: Path) -> dict[str, Any]:
+    """Run one benchmark tiny and give its report; the scratch folder must be empty afterwards."""
+    file, scratch = folder / "report.json", folder / "scratch"
+    command = [sys.executable, "-m", "bench", "--tiny", "--only", name, "--dir", str(scratch), "--json", str(file)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=280, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert list(scratch.iterdir()) == []
+    found = json.loads(file.read_text())
+    assert {"cores", "memory_gib", "kernel", "file_system", "versions"} <= set(found["machine"])
+    one: dict[str, Any] = found["benchmarks"][name]
+    return one
+
+
+def test_planning_reports_seconds_and_bytes_beside_those_of_dcp(tmp_path: Path) -> None:
+    found = report("planning", tmp_path)
+
+    assert found["results"]["index"]["bytes"] > 0
+    assert found["dcp"]["coordinator_s"] > 0
+    assert found["ratios"]["dcp .metadata / index, per shard"] > 1
+
+
+@pytest.mark.multirank
+@pytest.mark.timeout(300)
+def test_reshard_reports_every_pair_of_layouts(tmp_path: Path) -> None:
+    pairs = report("reshard_bytes", tmp_path)["pairs"]
+
+    assert {source: set(row) for source, row in pairs.items()} == {source: set(pairs) for source in pairs}
+    assert all(0 < pair["ratio"] < 1.2 for row in pairs.values() for pair in row.values())  # tiny: whole blocks count
+
+
+@pytest.mark.multirank
+@pytest.mark.timeout(300)
+def test_small_reports_saves_and_loads_of_all_systems(tmp_path: Path) -> None:
+    found = report("small", tmp_path)
+
+    assert {"ckpt", "dcp", "safetensors+fsync", "direct I/O"} <= set(found["results"]["save"])
+    assert found["ratios"]["save"]["dcp"] > 0 and found["ratios"]["load, cold"]["dcp"] > 0
+
+
+@pytest.mark.multirank
+@pytest.mark.timeout(300)
+def test_gpt_reports_every_kind_of_load_and_of_async_save(tmp_path: Path) -> None:
+    tasks = report("gpt", tmp_path)["results"]
+
+    loads = {f"load {kind}, {cache}" for kind in ("same layout", "to TP", "to 1 rank") for cache in ("cold", "warm")}
+    assert set(tasks) == {"save", "async save, stall", "async save, durable", *loads}
+    assert all({"ckpt", "dcp"} <= set(systems) for systems in tasks.values())
