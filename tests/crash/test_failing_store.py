@@ -112,11 +112,11 @@ def test_server_that_stops_answering(tmp_path: Path) -> None:
     with rclone_server(tmp_path / "server") as server:
         url = server.url("run")
         with RankGroup(2, environment=server.environment) as group:
-            first = group.call("tests.workers.crashing:save_one", url, 1)
+            first = group.call("tests.workers.crashing:save_one", url, 1, False)
             assert _errors(first) == [("", ""), ("", "")]
             os.kill(server.process.pid, signal.SIGSTOP)
             try:
-                told = group.call("tests.workers.crashing:save_one", url, 2, timeout_s=_WAIT_S)
+                told = group.call("tests.workers.crashing:save_one", url, 2, True, timeout_s=_WAIT_S)
             finally:
                 os.kill(server.process.pid, signal.SIGCONT)
         assert {one["error"] for one in told} <= {"StoreError", "RankFailedError"}, told
