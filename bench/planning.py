@@ -1,4 +1,4 @@
-"""Planning for many ranks, with the real planner: seconds and index bytes. Run: `python bench/planning.py [--ranks 1024]`.
+"""Planning for many ranks, with the real planner: seconds and index bytes. Run: `python -m bench.planning [--ranks 1024]`.
 
 Simulates a job of R ranks with T sharded tensors (every tensor cut over all ranks on dim 0, as FSDP2 does), without data:
 the records of all ranks are made as the ranks would make them, then timed: planning a save (what every rank computes),
@@ -9,13 +9,17 @@ layout does: read its part of the index, intersect, lay out reads).
 from __future__ import annotations
 
 import argparse
-import json
 import statistics
 import time
+from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 
+from bench import options
+from bench.dcp_planning import coordinator
 from ckpt.format import index
+from ckpt.format.checksum import num_blocks
 from ckpt.format.spec import PieceTable, TensorSpec
 from ckpt.layout.box import BoxTable
 from ckpt.plan.cover import not_tiled
@@ -23,9 +27,7 @@ from ckpt.plan.read import plan_read
 from ckpt.plan.records import corners, make_records
 from ckpt.plan.save import plan_save, rows_of_rank
 
-DCP_BYTES_PER_SHARD = (
-    190  # pickled .metadata, measured: research on torch 2.13's DCP; bench/dcp_metadata.py measures it anew
-)
+BLOCK_BYTES = 1 << 20
 
 
 def specs_of(num: int, ranks: int) -> list[TensorSpec]:
@@ -45,73 +47,84 @@ def boxes_of(specs: list[TensorSpec], rank: int, ranks: int) -> BoxTable:
     return BoxTable(tensor=np.arange(len(specs), dtype=np.int32), offsets=offsets, lengths=lengths)
 
 
-def timed(work, repeats: int):
-    seconds, out = [], None
+def timed(work: Callable[[], Any], repeats: int) -> tuple[dict[str, Any], Any]:
+    """Median, least and largest seconds of some runs (wall, and of the CPU), and what the last one gave."""
+    wall, cpu, out = [], [], None
     for _ in range(repeats):
-        start = time.perf_counter()
+        start, used = time.perf_counter(), time.process_time()
         out = work()
-        seconds.append(time.perf_counter() - start)
-    return {"median_s": statistics.median(seconds), "min_s": min(seconds), "max_s": max(seconds)}, out
+        wall.append(time.perf_counter() - start)
+        cpu.append(time.process_time() - used)
+    figures = {"median_s": statistics.median(wall), "min_s": min(wall), "max_s": max(wall)}
+    return figures | {"cpu_median_s": statistics.median(cpu)}, out
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser()
-    parser.add_argument("--ranks", type=int, default=1024)
-    parser.add_argument("--tensors", type=int, default=2000)
-    parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--json")
-    args = parser.parse_args()
-    specs = specs_of(args.tensors, args.ranks)
-    tables = [boxes_of(specs, rank, args.ranks) for rank in range(args.ranks)]
+def measure_save(specs: list[TensorSpec], tables: list[BoxTable], repeats: int) -> dict[str, Any]:
+    """What every rank does once per structure."""
+    found: dict[str, Any] = {}
     records = []
     base = make_records(specs, tables[0])
     for table in tables:  # as make_records, without hashing the names once per rank in one process
         own = base.copy()
         own["first"], own["last"] = corners(specs, table)
         records.append(own)
-    report: dict[str, object] = {"ranks": args.ranks, "tensors": args.tensors, "fragments": args.ranks * args.tensors}
+    one = min(5, len(tables) - 1)
+    found["save: own records"], _ = timed(lambda: make_records(specs, tables[one]), repeats)
 
-    report["save: own records"], _ = timed(lambda: make_records(specs, tables[1]), args.repeats)
+    def plan() -> Any:
+        return rows_of_rank(plan_save(records), one, specs, tables[one])
 
-    def plan():
-        made = plan_save(records)
-        return rows_of_rank(made, 5, specs, tables[5])
+    found["save: plan of all ranks, rows of one"], (rows, _) = timed(plan, repeats)
+    assert len(rows) == len(specs)
+    half = len(records) // 2
+    replicas = [np.concatenate([r, q]) for r, q in zip(records, records[half:] + records[:half], strict=True)]
+    found["save: same, every fragment held by two ranks"], _ = timed(lambda: plan_save(replicas), repeats)
+    return found
 
-    report["save: plan of all ranks, rows of one"], (rows, _) = timed(plan, args.repeats)
-    assert len(rows) == args.tensors
-    replicas = [np.concatenate([r, q]) for r, q in zip(records, records[512:] + records[:512], strict=True)]
-    report["save: same, every fragment held by two ranks"], _ = timed(lambda: plan_save(replicas), args.repeats)
+
+def fragments_of(specs: list[TensorSpec], tables: list[BoxTable]) -> index.FragmentTable:
+    """The fragments that the ranks store, in the order of the index."""
+    ranks, tensors = len(tables), len(specs)
     everything = BoxTable(
-        tensor=np.tile(np.arange(args.tensors, dtype=np.int32), args.ranks),
+        tensor=np.tile(np.arange(tensors, dtype=np.int32), ranks),
         offsets=np.concatenate([t.offsets for t in tables]),
         lengths=np.concatenate([t.lengths for t in tables]),
     )
-    order = np.lexsort((everything.offsets[:, 0], everything.tensor))
-    boxes = everything.take(order)
+    boxes = everything.take(np.lexsort((everything.offsets[:, 0], everything.tensor)))
     nbytes = boxes.volumes() * 2
-    per_rank = np.cumsum(nbytes[:: args.ranks]) - nbytes[:: args.ranks]
-    rng = np.random.default_rng(0)
-    table = index.FragmentTable(
+    per_rank = np.cumsum(nbytes[::ranks]) - nbytes[::ranks]
+    blocks = num_blocks(nbytes, BLOCK_BYTES)
+    return index.FragmentTable(
         boxes=boxes,
-        writer=np.tile(np.arange(args.ranks, dtype=np.int32), args.tensors),
-        offsets=4096 + np.repeat(per_rank, args.ranks),
+        writer=np.tile(np.arange(ranks, dtype=np.int32), tensors),
+        offsets=4096 + np.repeat(per_rank, ranks),
         nbytes=nbytes,
-        checksums=rng.integers(0, 2**32, len(boxes), dtype=np.uint32),
-        block_starts=np.arange(len(boxes) + 1),
+        checksums=np.random.default_rng(0).integers(0, 2**32, int(blocks.sum()), dtype=np.uint32),
+        block_starts=np.append(0, np.cumsum(blocks)),
     )
-    dims = np.array([len(s.shape) for s in specs], np.int32)[boxes.tensor]
-    report["commit: proof that all tensors are whole"], wrong = timed(lambda: not_tiled(specs, boxes), args.repeats)
-    assert not wrong
-    report["commit: write the index"], data = timed(lambda: index.pack_fragments(table, dims), args.repeats)
-    tensors_file = index.pack_tensors(specs, np.full(len(specs), args.ranks))
-    size = len(data) + len(tensors_file)
-    report["index_bytes"], report["index_bytes_per_fragment"] = size, size / len(boxes)
-    report["dcp .metadata / index"] = DCP_BYTES_PER_SHARD * len(boxes) / size
-    record = index.file_record("f", data)
-    block = 1 << 20
 
-    def load(part: slice, readers: int):
-        wanted_ids = np.arange(args.tensors)[part]
+
+def measure_commit(
+    specs: list[TensorSpec], table: index.FragmentTable, ranks: int, repeats: int
+) -> tuple[dict[str, Any], bytes]:
+    """What the committer does; and the index."""
+    found: dict[str, Any] = {}
+    dims = np.array([len(s.shape) for s in specs], np.int32)[table.boxes.tensor]
+    found["commit: proof that all tensors are whole"], wrong = timed(lambda: not_tiled(specs, table.boxes), repeats)
+    assert not wrong
+    found["commit: write the index"], data = timed(lambda: index.pack_fragments(table, dims), repeats)
+    size = len(data) + len(index.pack_tensors(specs, np.full(len(specs), ranks)))
+    found["index"] = {"bytes": size, "bytes_per_fragment": size / len(table.boxes)}
+    return found, data
+
+
+def measure_load(specs: list[TensorSpec], data: bytes, ranks: int, repeats: int) -> dict[str, Any]:
+    """What one rank of a new layout does."""
+    found: dict[str, Any] = {}
+    record, counts = index.file_record("f", data), np.full(len(specs), ranks)
+
+    def load(part: slice, readers: int) -> tuple[int, Any]:
+        wanted_ids = np.arange(len(specs))[part]
         lengths = np.ones((len(wanted_ids), 2), np.int64)
         for row, i in enumerate(wanted_ids):
             lengths[row, : len(specs[i].shape)] = specs[i].shape
@@ -123,22 +136,64 @@ def main() -> None:
         address = np.full(len(wanted), 4096, np.uint64)
         pieces = PieceTable(boxes=wanted, address=address, limit=address, strides=strides)
         file = index.VerifiedFile(record, lambda a, b: data[a:b], name="f")
-        fragments = index.unpack_fragments(file, specs, wanted_ids, block, name="f")
-        made = plan_read(fragments, specs, pieces, block_bytes=block, read_bytes_max=1 << 24, gap_bytes_max=1 << 14)
+        fragments = index.unpack_fragments(file, specs, wanted_ids, BLOCK_BYTES, name="f", counts=counts)
+        made = plan_read(
+            fragments, specs, pieces, block_bytes=BLOCK_BYTES, read_bytes_max=1 << 24, gap_bytes_max=1 << 14
+        )
         return file.read_nbytes, made
 
     for label, part, readers in (
-        ("one of 512 ranks, FSDP", slice(None), 512),
-        ("one of 8 pipeline stages", slice(0, args.tensors // 8), 1),
+        ("one of half as many ranks, FSDP", slice(None), 0),
+        ("one of 8 pipeline stages", slice(0, max(1, len(specs) // 8)), 1),
         ("everything on one rank", slice(None), 1),
     ):
-        report[f"load: {label}"], (read, made) = timed(lambda p=part, r=readers: load(p, r), args.repeats)
-        report[f"load: {label}"] |= {"index_bytes_read": read, "chunks": len(made.writer)}
-    text = json.dumps(report, indent=1)
-    print(text)
-    if args.json:
-        with open(args.json, "w", encoding="utf-8") as file:
-            file.write(text + "\n")
+        readers = readers or max(1, specs[-1].shape[0] // 128)  # the smallest tensor has 64 rows per saving rank
+        figures, (read, made) = timed(lambda p=part, r=readers: load(p, r), repeats)
+        found[f"load: {label}"] = figures | {"index_bytes_read": read, "reads": len(made.writer)}
+    return found
+
+
+def main(arguments: list[str] | None = None) -> dict[str, Any]:
+    """Measure and print."""
+    parser = options.parser(__doc__ or "", repeats=5)
+    parser.add_argument("--ranks", type=int, default=1024)
+    parser.add_argument("--tensors", type=int, default=2000)
+    parser.add_argument("--dcp-ranks", type=int, default=64)
+    return run(parser.parse_args(arguments))
+
+
+def run(args: argparse.Namespace) -> dict[str, Any]:
+    ranks, tensors, dcp_ranks, repeats = args.ranks, args.tensors, args.dcp_ranks, args.repeats
+    if args.tiny:
+        ranks, tensors, dcp_ranks, repeats = 16, 12, 4, 1
+    specs = specs_of(tensors, ranks)
+    tables = [boxes_of(specs, rank, ranks) for rank in range(ranks)]
+    found = measure_save(specs, tables, repeats)
+    table = fragments_of(specs, tables)
+    commit, data = measure_commit(specs, table, ranks, repeats)
+    found |= commit | measure_load(specs, data, ranks, repeats)
+    del table, tables, data
+    dcp = coordinator(specs_of(tensors, dcp_ranks), dcp_ranks)
+    per_fragment = found["index"]["bytes_per_fragment"]
+    compared = {"dcp .metadata / index, per shard": round(dcp["metadata_bytes_per_shard"] / per_fragment, 1)}
+    made = options.report(
+        "planning",
+        args.dir,
+        {"ranks": ranks, "tensors": tensors, "fragments": ranks * tensors, "dcp_ranks": dcp_ranks, "repeats": repeats},
+        {"results": found, "dcp": dcp, "ratios": compared},
+    )
+    _show(found, dcp, compared)
+    options.keep(made, args.json)
+    return made
+
+
+def _show(found: dict[str, Any], dcp: dict[str, float], compared: dict[str, float]) -> None:
+    for name, figures in found.items():
+        print(f"{name:<48} " + "  ".join(f"{key} {value:,.3f}" for key, value in figures.items()))
+    for name, value in dcp.items():
+        print(f"dcp: {name:<43} {value:,.3f}")
+    for name, value in compared.items():
+        print(f"{name}: {value} (target 25)")
 
 
 if __name__ == "__main__":

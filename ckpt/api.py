@@ -6,8 +6,12 @@ session per run and process group. The functions of this module are called from 
 
 from __future__ import annotations
 
+import atexit
+import concurrent.futures.thread  # noqa: F401 - registers its own end first; see _finish_all
 import logging
 import os
+import threading
+import weakref
 from collections.abc import Mapping
 from typing import Any
 
@@ -62,6 +66,7 @@ class Run:
         self._session = SaveSession(self.store, self.world, self.options)
         self._background = Background()
         self._pending: PendingSave | None = None
+        _live.add(self)
 
     def save(self, state: State, request: Request, layout: Layout | None) -> Saved:
         """Save and return when durable. All ranks call."""
@@ -123,6 +128,21 @@ class Run:
         except CheckpointError as error:  # the other ranks must hear of it before this one raises
             return LocalState.empty(), error
 
+
+_live: weakref.WeakSet[Run] = weakref.WeakSet()
+
+
+def _finish_all() -> None:
+    """A process that ends waits for the saves on their way; one that failed and was never asked about is logged."""
+    for run in list(_live):
+        try:
+            run.check()
+        except SaveFailedError as error:
+            _log.error("%s", error.message)
+
+
+# Before concurrent.futures stops its pools, which stores write with; plain `atexit` comes after that.
+getattr(threading, "_register_atexit", atexit.register)(_finish_all)
 
 _runs: dict[tuple[str, int], tuple[Run, dist.ProcessGroup | None]] = {}
 

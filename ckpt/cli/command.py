@@ -21,7 +21,7 @@ from ckpt.engine.reader import StoredCheckpoint
 from ckpt.errors import InvalidInputError, NotFoundError
 from ckpt.layout.files import read_layout
 from ckpt.layout.layout import Layout
-from ckpt.layout.presets import PRESETS, from_degrees
+from ckpt.layout.presets import AXIS_NAMES, PRESETS, from_degrees
 from ckpt.store.base import Store
 from ckpt.store.open import open_store
 
@@ -103,12 +103,17 @@ def refuse_no_run(store: Store, folders: list[int]) -> None:
 
 
 def target_options(function: _Function) -> _Function:
-    """`--layout`, or degrees and a preset."""
+    """`--layout`, or degrees (1 where left out) and a preset."""
     options = (
         click.option("--layout", "layout_file", metavar="FILE", help="A layout file (docs/reference/layout-files.md)."),
         click.option("--tp", type=int, metavar="N", help="Ranks along the tensor-parallel axis."),
         click.option("--pp", type=int, metavar="N", help="Pipeline stages."),
-        click.option("--dp", type=int, metavar="N", help="Ranks that share the rest (FSDP)."),
+        click.option(
+            "--dp",
+            type=int,
+            metavar="N",
+            help="Ranks that share the rest (FSDP). Each of the four is 1 where it is left out.",
+        ),
         click.option("--ep", type=int, metavar="N", help="Ranks along the expert axis."),
         click.option("--preset", type=click.Choice(PRESETS), help="Rules by well-known names; default: what fits."),
     )
@@ -139,7 +144,18 @@ def target_layout(stored: StoredCheckpoint, target: dict[str, Any]) -> Layout:
             raise InvalidInputError(f"layout file `{file}` cannot be read: {error}", kind="bad-layout") from error
         return read_layout(text, source=file)
     tensors = [(spec.name, spec.shape) for spec in stored.specs]
-    return from_degrees(tensors, base=saved_layout(stored), preset=preset, **degrees)
+    # What is not named has size 1, also where the saved mesh had more: `--tp 4 --dp 1` is four ranks, whatever came before.
+    named = {name: degree if degree is not None else 1 for name, degree in degrees.items()}
+    return from_degrees(tensors, base=_without_other_axes(saved_layout(stored)), preset=preset, **named)
+
+
+def _without_other_axes(layout: Layout | None) -> Layout | None:
+    """The layout with every axis that no degree stands for (replicas, say) of size 1."""
+    if layout is None:
+        return None
+    names = layout.mesh.names
+    resizable = [next((axis for axis in axes if axis in names), None) for axes in AXIS_NAMES.values()]
+    return layout.resized({axis: 1 for axis in names if axis not in resizable})
 
 
 def saved_layout(stored: StoredCheckpoint) -> Layout | None:

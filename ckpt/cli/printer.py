@@ -71,8 +71,8 @@ class Printer:
     # stderr
 
     def note(self, text: str) -> None:
-        """What happens, for a person; off with `--quiet`."""
-        if not self.quiet:
+        """What happens, for a person; off with `--quiet` and `--json`."""
+        if not self.quiet and not self.json:
             _write(sys.stderr, texts.visible(text) + "\n")
 
     def error(self, message: str, *, kind: str, exit_code: int, hints: Sequence[str] = ()) -> None:

@@ -24,6 +24,7 @@ from ckpt.format.image import OBJECT_SLOT_BYTES
 from ckpt.format.manifest import FileRecord, Manifest
 from ckpt.format.receipt import ObjectRow
 from ckpt.format.spec import PieceTable, TensorSpec
+from ckpt.layout.box import Int64Array
 from ckpt.plan.cover import not_in_order
 from ckpt.plan.read import ReadPlan, plan_read, uncovered
 from ckpt.store.base import Store
@@ -41,6 +42,7 @@ class StoredCheckpoint:
             raise DamagedError(f"`{key}` is the manifest of step {self.manifest.step}, expected {self.step}")
         self._check_names()
         self._specs: list[TensorSpec] | None = None
+        self._counts: Int64Array | None = None  # fragments of each tensor; known with `_specs`
         self._objects: list[ObjectRow] | None = None
         self.index_nbytes = 0  # read so far
 
@@ -75,7 +77,12 @@ class StoredCheckpoint:
         if self._specs is None:
             record = self.manifest.tensors
             file = self._file(record)
-            self._specs, _ = index.unpack_tensors(file, name=self._key(record), num_rows=self.manifest.num_tensors)
+            specs, counts = index.unpack_tensors(file, name=self._key(record), num_rows=self.manifest.num_tensors)
+            if int(counts.sum()) != self.manifest.num_fragments:
+                raise DamagedError(
+                    f"`{self._key(record)}` is damaged: its fragments are not {self.manifest.num_fragments}"
+                )
+            self._specs, self._counts = specs, counts
         return self._specs
 
     @property
@@ -95,15 +102,15 @@ class StoredCheckpoint:
 
     def fragments(self, tensors: NDArray[np.integer] | None = None) -> index.FragmentTable:
         """Fragments of the tensors with these ids; of all when None."""
-        record = self.manifest.fragments
-        file = self._file(record, whole=tensors is None or len(tensors) * 2 > len(self.specs))
+        record, specs = self.manifest.fragments, self.specs
+        file = self._file(record, whole=tensors is None or len(tensors) * 2 > len(specs))
         table = index.unpack_fragments(
             file,
-            self.specs,
+            specs,
             tensors,
             self.manifest.block_bytes,
             name=self._key(record),
-            num_rows=self.manifest.num_fragments,
+            counts=self._counts,
         )
         self._check_places(table)
         # Fragments that overlap could add up to a whole and leave elements unread. The random seed lets none be made to fit.

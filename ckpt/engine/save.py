@@ -7,12 +7,13 @@ training thread; `finish` may run on another one and never calls a collective.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import logging
 import mmap
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any
@@ -122,13 +123,14 @@ class SaveSession:
         """Copy `local` into this session's image; afterwards the state may change. All ranks call; then `finish`."""
         attempt = self._prepare(local, request, error)
         start = time.perf_counter()
-        total = attempt.program.layout.total_bytes
-        if len(self._image) < total:
-            self._image = allocate(total)
-        attempt.staged = self._image[:total]
-        for chunk in range(attempt.program.num_chunks):
-            low, high = attempt.program.chunk_range(chunk)
-            attempt.packer.fill(chunk, attempt.staged[low:high])
+        with self._telling_others(request.step):
+            total = attempt.program.layout.total_bytes
+            if len(self._image) < total:
+                self._image = allocate(total)
+            attempt.staged = self._image[:total]
+            for chunk in range(attempt.program.num_chunks):
+                low, high = attempt.program.chunk_range(chunk)
+                attempt.packer.fill(chunk, attempt.staged[low:high])
         attempt.seconds["stage"] = time.perf_counter() - start
         return attempt
 
@@ -136,7 +138,7 @@ class SaveSession:
         """Write, leave the receipt and wait for the outcome. No collective call. The steps are those of DESIGN 5.5."""
         start = time.perf_counter()
         step = attempt.request.step
-        try:
+        with self._telling_others(step):
             failpoints.hit("save.before-image")
             self._write_image(attempt)  # 1. this rank's image is durable
             attempt.seconds["write"] = time.perf_counter() - start
@@ -146,11 +148,6 @@ class SaveSession:
                 changed = self._commit(attempt)  # 3. index durable, 4. manifest created
             else:
                 changed = self._await(attempt)
-        except BaseException as error:
-            self._planned = None  # after a failure ranks agree anew
-            if isinstance(error, Exception):
-                self._report(step, attempt.id, error)
-            raise
         attempt.seconds["total"] = (
             sum(attempt.seconds.get(k, 0.0) for k in ("plan", "stage")) + time.perf_counter() - start
         )
@@ -163,15 +160,20 @@ class SaveSession:
 
     def _prepare(self, local: LocalState, request: Request, error: BaseException | None) -> Attempt:
         start = time.perf_counter()
-        if error is not None and self._planned is not None:
-            self._fail_without_state(request.step, error)
-        if self._planned is None:
-            self._planned = self._plan_with_others(local, request, error)
+        planned = self._planned
+        if planned is None:
+            planned = self._planned = self._plan_with_others(local, request, error)
+        self._count += 1  # on every rank alike, whatever happens next
         publishing.refuse_existing(self._store, request.step)
-        planned, changed = self._planned, False
-        if planned.structure != structure_digest(local):
-            planned, changed = self._plan_alone(local, planned), True
-        self._count += 1
+        with self._telling_others(request.step):
+            if error is not None:
+                raise error
+            return self._attempt(local, request, planned, start)
+
+    def _attempt(self, local: LocalState, request: Request, planned: _Planned, start: float) -> Attempt:
+        changed = planned.structure != structure_digest(local)
+        if changed:
+            planned = self._plan_alone(local, planned)
         payloads = [padded_object(obj.payload) for obj in local.objects]
         program = self._program_for(local, planned, payloads)
         layout = program.layout
@@ -422,12 +424,16 @@ class SaveSession:
         except CheckpointError as problem:
             error.add_note(f"the other ranks could not be told: {problem.message}")
 
-    def _fail_without_state(self, step: int, error: BaseException) -> None:
-        """In steady state there is no exchange that could carry the error: it goes through the store."""
-        self._count += 1
-        self._planned = None
-        self._report(step, self._attempt_id, error)
-        raise error
+    @contextlib.contextmanager
+    def _telling_others(self, step: int) -> Iterator[None]:
+        """When the block fails, so does the save: the other ranks are told through the store, and all agree anew."""
+        try:
+            yield
+        except BaseException as error:
+            self._planned = None
+            if isinstance(error, Exception):
+                self._report(step, self._attempt_id, error)
+            raise
 
     @property
     def _attempt_id(self) -> str:

@@ -7,14 +7,21 @@ and only when a structure is seen for the first time, or at a load. Nothing is p
 from __future__ import annotations
 
 import datetime
+from collections import Counter
+from typing import Any
+from weakref import WeakKeyDictionary
 
 import numpy as np
 import torch
 import torch.distributed as dist
 from numpy.typing import NDArray
+from torch.distributed.distributed_c10d import _get_default_group, _get_default_store
 
 from ckpt.engine.world import AloneWorld, World
 from ckpt.errors import RankFailedError
+
+# Per default group and set of ranks: how many worlds were made of it.
+_num_made: WeakKeyDictionary[dist.ProcessGroup, Counter[tuple[int, ...]]] = WeakKeyDictionary()
 
 
 class TorchWorld:
@@ -24,37 +31,43 @@ class TorchWorld:
         self.rank = dist.get_rank(group)
         self.size = dist.get_world_size(group)
         self._timeout_s = timeout_s
-        timeout = datetime.timedelta(seconds=timeout_s)
-        ranks = dist.get_process_group_ranks(group) if group is not None else None
-        # use_local_synchronization: only the members call, so that a sub-group can save by itself.
+        self._group = self._own_group(dist.get_process_group_ranks(group))
+
+    def _own_group(self, ranks: list[int]) -> Any:
+        """A gloo group that only its members make, so that a sub-group can save by itself.
+
+        Not `new_group(use_local_synchronization=True)`: it names the group by how many groups the calling process is
+        in, so that members that are in different numbers of groups wait for each other under different names.
+        """
+        made = _num_made.setdefault(_get_default_group(), Counter())
+        name = f"ckpt/{'_'.join(map(str, ranks))}/{made[tuple(ranks)]}"
+        made[tuple(ranks)] += 1
+        timeout = datetime.timedelta(seconds=self._timeout_s)
         try:
-            self._group = dist.new_group(
-                ranks, timeout=timeout, backend="gloo", use_local_synchronization=group is not None
-            )
-        except RuntimeError as error:  # the store says which rank's key it waited for
+            store = dist.PrefixStore(name, _get_default_store())  # type: ignore[attr-defined]
+            return dist.ProcessGroupGloo(store, self.rank, self.size, timeout)
+        except RuntimeError as error:  # a member that never came, or that cannot be reached
             raise self._missing(error) from error
 
     def all_gather(self, data: NDArray[np.uint8]) -> list[NDArray[np.uint8]]:
         size = torch.tensor([len(data)], dtype=torch.int64)
         sizes = [torch.zeros(1, dtype=torch.int64) for _ in range(self.size)]
-        self._wait(dist.all_gather(sizes, size, group=self._group, async_op=True))
+        self._wait(self._group.allgather(sizes, size))
         longest = max(int(n) for n in sizes)
         padded = torch.zeros(longest, dtype=torch.uint8)
         padded[: len(data)] = torch.from_numpy(np.array(data))  # a copy: the caller's may be read-only
         out = [torch.empty(longest, dtype=torch.uint8) for _ in range(self.size)]
         if longest:
-            self._wait(dist.all_gather(out, padded, group=self._group, async_op=True))
+            self._wait(self._group.allgather(out, padded))
         return [tensor.numpy()[: int(n)] for tensor, n in zip(out, sizes, strict=True)]
 
     def all_to_all(self, parts: list[NDArray[np.uint8]], sizes: list[int]) -> list[NDArray[np.uint8]]:
         send = torch.from_numpy(np.concatenate(parts))
         out = torch.empty(sum(sizes), dtype=torch.uint8)
-        work = dist.all_to_all_single(out, send, sizes, [len(part) for part in parts], group=self._group, async_op=True)
-        self._wait(work)
+        self._wait(self._group.alltoall_base(out, send, sizes, [len(part) for part in parts]))
         return np.split(out.numpy(), np.cumsum(sizes)[:-1])
 
-    def _wait(self, work: dist.Work | None) -> None:
-        assert work is not None
+    def _wait(self, work: dist.Work) -> None:
         try:
             work.wait()
         except RuntimeError as error:  # gloo says which peer it lost, or that its time is up

@@ -150,7 +150,7 @@ def _write(table: pa.Table, row_group_rows: int, *, use_dictionary: Any, column_
         compression_level=3,
         use_dictionary=use_dictionary,
         column_encoding=column_encoding,
-        write_statistics=["tensor"] if "tensor" in table.column_names else False,
+        write_statistics=False,  # num_fragments says more, and is read first
         store_schema=False,
     )
     return sink.getvalue()
@@ -242,7 +242,8 @@ def _damage(name: str) -> Iterator[None]:
 def _open(file: VerifiedFile, fields: Mapping[str, pa.DataType], num_rows: int | None, name: str) -> pq.ParquetFile:
     """The file, once its schema and sizes are known to be sane: a hostile footer must not choose how much is allocated."""
     with _damage(name):
-        parquet = pq.ParquetFile(pa.PythonFile(file, mode="r"))
+        # Without read-ahead: its threads would call into `file`, and made a small index cost 3 ms instead of 0.3.
+        parquet = pq.ParquetFile(pa.PythonFile(file, mode="r"), pre_buffer=False)
         schema, metadata = parquet.schema_arrow, parquet.metadata
         for field, kind in fields.items():
             found = schema.get_all_field_indices(field)
@@ -268,7 +269,8 @@ def _same_type(found: pa.DataType, kind: pa.DataType) -> bool:
 def _read(parquet: pq.ParquetFile, groups: Sequence[int], fields: Mapping[str, pa.DataType], name: str) -> pa.Table:
     """The columns of some row groups, each in one piece and without nulls."""
     with _damage(name):
-        table = parquet.read_row_groups(list(groups), columns=list(fields)).select(list(fields)).combine_chunks()
+        table = parquet.read_row_groups(list(groups), columns=list(fields), use_threads=False)
+        table = table.select(list(fields)).combine_chunks()
         for field in fields:
             for chunk in table[field].chunks:
                 if chunk.null_count or (pa.types.is_list(chunk.type) and chunk.flatten().null_count):
@@ -298,7 +300,12 @@ def unpack_tensors(
         )
     if [spec.nbytes for spec in specs] != columns["nbytes"] or sum(columns["nbytes"]) >= TENSOR_BYTES_MAX:
         raise DamagedError(f"`{name}` is damaged: the sizes of its tensors are not those of their shapes, or cannot be")
-    return specs, table["num_fragments"].to_numpy()
+    counts: Int64Array = table["num_fragments"].to_numpy()
+    if ((counts < 0) | (counts > INDEX_ROWS_MAX)).any():
+        raise DamagedError(
+            f"`{name}` is damaged: a tensor cannot have {int(counts.max())} or {int(counts.min())} fragments"
+        )
+    return specs, counts
 
 
 def _checked_shape(shape: Sequence[int]) -> tuple[int, ...]:
@@ -334,40 +341,41 @@ def unpack_fragments(
     block_bytes: int,
     *,
     name: str,
-    num_rows: int | None = None,
+    counts: Int64Array | None = None,
 ) -> FragmentTable:
     """Fragments of the wanted tensors (ids; None: all), checked against the shapes of their tensors.
 
-    Reads only the row groups that hold a wanted tensor. `num_rows` is what the manifest says.
+    Args:
+        counts: [T] fragments of each tensor, as `unpack_tensors` gives them. Rows are sorted by tensor, so these say which row
+            groups hold a wanted one, and only they are read; without them all are. (Not the statistics of Parquet: pyarrow
+            ends the process over some that are damaged.)
     """
-    parquet = _open(file, _FRAGMENT_FIELDS, num_rows, name)
     keep = np.ones(len(specs), bool)
     if wanted is not None:
         keep[:] = False
         keep[wanted] = True
-    table = _read(parquet, _row_groups(parquet, keep), _FRAGMENT_FIELDS, name)
+    parquet = _open(file, _FRAGMENT_FIELDS, None if counts is None else int(counts.sum()), name)
+    groups = list(range(parquet.num_row_groups)) if counts is None else _row_groups(parquet, keep, counts)
+    table = _read(parquet, groups, _FRAGMENT_FIELDS, name)
     tensor = table["tensor"].to_numpy().astype(np.int32)
     if len(tensor) and (tensor.min() < 0 or tensor.max() >= len(specs) or (np.diff(tensor) < 0).any()):
         raise DamagedError(f"`{name}` is damaged: its rows are not sorted by tensor or name tensors that are not there")
+    if counts is not None and (np.bincount(tensor, minlength=len(specs)) != counts)[keep].any():
+        raise DamagedError(f"`{name}` is damaged: a tensor has another number of fragments than `{TENSORS_FILE}` says")
     table = table.filter(pa.array(keep[tensor])).combine_chunks() if wanted is not None else table
     return _fragments(table, specs, block_bytes, name)
 
 
-def _row_groups(parquet: pq.ParquetFile, keep: NDArray[np.bool_]) -> list[int]:
-    groups = []
-    paths = [parquet.schema.column(i).path for i in range(len(parquet.schema))]
-    column = paths.index("tensor")  # columns of the file, where a list has its leaf
-    before = np.append(0, np.cumsum(keep))
-    for group in range(parquet.num_row_groups):
-        statistics = parquet.metadata.row_group(group).column(column).statistics
-        if statistics is None or not statistics.has_min_max:
-            groups.append(group)
-            continue
-        # Wrong statistics can only hide rows, and a tensor of which rows are missing is found out later.
-        low, high = max(statistics.min, 0), min(statistics.max, len(keep) - 1)
-        if low <= high and before[high + 1] > before[low]:
-            groups.append(group)
-    return groups
+def _row_groups(parquet: pq.ParquetFile, keep: NDArray[np.bool_], counts: Int64Array) -> list[int]:
+    """Row groups that hold a row of a tensor to keep."""
+    rows = [parquet.metadata.row_group(group).num_rows for group in range(parquet.num_row_groups)]
+    stops = np.cumsum(np.array(rows, np.int64))
+    starts = np.append(0, np.cumsum(counts))  # first row of each tensor, and the end
+    wanted = np.append(0, np.cumsum(np.where(keep, counts, 0)))  # rows to keep before that
+    tensor = np.searchsorted(starts[1:], stops, "right")  # in which tensor each row group ends
+    inside = np.where(np.append(keep, False)[tensor], stops - starts[tensor], 0)
+    before = np.append(0, wanted[tensor] + inside)
+    return [int(group) for group in np.flatnonzero(before[1:] > before[:-1])]
 
 
 def _fragments(table: pa.Table, specs: Sequence[TensorSpec], block_bytes: int, name: str) -> FragmentTable:

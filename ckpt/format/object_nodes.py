@@ -29,7 +29,7 @@ _FACTORIES: dict[str, type | None] = {
 _FACTORY_NAMES = {factory: name for name, factory in _FACTORIES.items()}
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, slots=True)
 class TensorRef:
     """Stands in a tree for a tensor that is stored as a tensor."""
 
@@ -81,15 +81,15 @@ def _encode_str(walk: Walk, value: str, depth: int) -> Node:
 
 
 def _encode_dict(walk: Walk, value: dict[Any, Any], depth: int) -> Node:
-    if TAG in value or not all(type(key) is str and is_unicode(key) for key in value):
+    if TAG in value or not all(type(key) is str and (key.isascii() or is_unicode(key)) for key in value):
         return {TAG: "dict", "items": walk.encode_pairs(value, depth)}
     out = {}
-    for key, item in value.items():
-        try:
+    try:
+        for key, item in value.items():
             out[key] = walk.encode(item, depth + 1)
-        except FaultError as fault:
-            fault.steps.append(step_text(key))
-            raise
+    except FaultError as fault:
+        fault.steps.append(step_text(key))
+        raise
     return out
 
 

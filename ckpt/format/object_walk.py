@@ -21,6 +21,7 @@ from ckpt.format import object_arrays as arrays
 
 TAG = "$type"
 CODEC_TAG = re.compile(r"[A-Za-z0-9_-]+(?:\.[A-Za-z0-9_-]+)+")
+_REGISTERED: tuple[tuple[str, ...], None] = (("value",), None)  # the fields of a tag that is not built in
 CODEC_TAG_MAX = 200  # characters
 
 Tree = Any  # a value of the typed tree
@@ -166,22 +167,22 @@ class Walk:
 
     def _decode_plain(self, node: dict[str, Node], depth: int) -> dict[str, Any]:
         out = {}
-        for key, item in node.items():
-            try:
-                if not is_unicode(key):
+        try:
+            for key, item in node.items():
+                if not (key.isascii() or is_unicode(key)):
                     raise FaultError("a key holds a lone surrogate")
                 out[key] = self.decode(item, depth + 1)
-            except FaultError as fault:
-                fault.steps.append(step_text(key))
-                raise
+        except FaultError as fault:
+            fault.steps.append(step_text(key))
+            raise
         return out
 
     def _decode_tagged(self, node: dict[str, Node], depth: int) -> Any:
         tag = node[TAG]
-        names, decoder = self.decoders.get(tag, (("value",), None)) if type(tag) is str else ((), None)
+        names, decoder = self.decoders.get(tag, _REGISTERED) if type(tag) is str else ((), None)
         if decoder is None and (type(tag) is not str or CODEC_TAG.fullmatch(tag) is None):
             raise FaultError(f"unknown type {short(repr(tag), 80)}", hints=("a newer ckpt may have written it",))
-        if len(node) != len(names) + 1 or any(name not in node for name in names):
+        if len(node) != len(names) + 1 or not node.keys() >= set(names):
             raise FaultError(f"a `{short(tag, 80)}` must have the fields {', '.join(names)}")
         if decoder is None:
             return self._decode_registered(tag, node["value"], depth)

@@ -22,7 +22,7 @@ ObjectKind = Literal["replicated", "rank", "loader", "optimizer"]
 OBJECT_KINDS = frozenset(get_args(ObjectKind))
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, slots=True)
 class TensorSpec:
     """A named global array."""
 

@@ -44,6 +44,9 @@ def layout_of_tensors(mesh: Mesh, known: Known) -> Layout:
     Layers that all lie alike are folded into one pattern with `*`; optimizer state that lies like its parameter needs
     no rule. A tensor whose name no pattern can say (it holds `*` or braces) is an InvalidInputError.
     """
+    if len({where for _, where in known.values()}) == 1:
+        (where,) = {where for _, where in known.values()}
+        return Layout(mesh=mesh, rules=_rules({"**": where}))
     own = {name: where for name, (shape, where) in known.items() if not _follows(name, shape, where, known)}
     folded = Layout(mesh=mesh, rules=_rules(_folded(own)))
     if _says(folded, known):

@@ -97,7 +97,10 @@ class NamePattern:
 
     def match(self, name: str, parsed: TensorName) -> dict[str, int] | None:
         """The captured numbers when the pattern matches this tensor, else None."""
-        found = self.regex.fullmatch(name if self.whole_name else parsed.path)
+        text = name if self.whole_name else parsed.path
+        if self.exact:  # the usual case of thousands of names: compiling each would take a second
+            return {} if text == self.text else None
+        found = self.regex.fullmatch(text)
         return None if found is None else {key: int(value) for key, value in found.groupdict().items()}
 
 

@@ -5,6 +5,7 @@ In: nothing. Out: the `Holder` protocol and its records. Pure.
 
 from __future__ import annotations
 
+import bisect
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
@@ -38,18 +39,27 @@ class StoredTensors:
     """The tensors of a checkpoint by name, aliases included."""
 
     by_name: Mapping[str, TensorSpec]
+    names: Sequence[str]  # of `by_name`, sorted
 
     @staticmethod
     def build(specs: Sequence[TensorSpec]) -> StoredTensors:
         """From the specs of a checkpoint."""
-        return StoredTensors(by_name={name: spec for spec in specs for name in (spec.name, *spec.aliases)})
+        by_name = {spec.name: spec for spec in specs}
+        by_name.update((name, spec) for spec in specs for name in spec.aliases)
+        return StoredTensors(by_name=by_name, names=sorted(by_name))
 
     def below(self, prefix: str) -> list[tuple[str, TensorSpec]]:
         """(rest of the name, spec) of all tensors whose name begins with `prefix`, sorted."""
-        return sorted(
-            ((name[len(prefix) :], spec) for name, spec in self.by_name.items() if name.startswith(prefix)),
-            key=lambda pair: pair[0],
-        )
+        start = bisect.bisect_left(self.names, prefix)
+        stop = start
+        while stop < len(self.names) and self.names[stop].startswith(prefix):
+            stop += 1
+        return [(name[len(prefix) :], self.by_name[name]) for name in self.names[start:stop]]
+
+    def any_below(self, prefix: str) -> bool:
+        """Whether there is a tensor whose name begins with `prefix`."""
+        at = bisect.bisect_left(self.names, prefix)
+        return at < len(self.names) and self.names[at].startswith(prefix)
 
 
 class Holder(Protocol):

@@ -7,7 +7,7 @@ DTensor's placements, the layout that the user gave, and else the tensor is the 
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch.distributed.tensor import DTensor
@@ -15,15 +15,16 @@ from torch.distributed.tensor import DTensor
 from ckpt.errors import InvalidInputError
 from ckpt.layout.assign import Faults
 from ckpt.layout.layout import Layout
-from ckpt.state.tensors import Located, annotated, locate_dtensor, locate_plain, plain_memory
+from ckpt.state.tensors import DTensorPlaces, Located, annotated, locate_plain, plain_memory
 
 
 @dataclass(frozen=True, kw_only=True)
 class Locator:
-    """What this rank knows of where tensors lie."""
+    """What this rank knows of where tensors lie. Made for one walk."""
 
     rank: int
     layout: Layout | None = None
+    dtensors: DTensorPlaces = field(default_factory=DTensorPlaces)
 
     def locate(self, name: str, tensor: torch.Tensor, *, strict: bool = True) -> Located:
         """A tensor's place. With a layout, a plain tensor of no rule is an error if `strict`, else it is whole."""
@@ -31,7 +32,7 @@ class Locator:
         if known is not None:
             return known
         if isinstance(tensor, DTensor):
-            return locate_dtensor(name, tensor)
+            return self.dtensors.locate(name, tensor)
         if self.layout is not None and tensor.dim() > 0 and (strict or self.layout.candidates(name)):
             return self._by_layout(self.layout, name, tensor)
         return locate_plain(name, tensor)

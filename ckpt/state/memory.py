@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import gc
+import operator
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
@@ -91,8 +92,8 @@ class _HostCopies:
 
     def host_of(self, memory: torch.Tensor) -> torch.Tensor:
         """The tensor itself on the host, else a copy that is complete after `wait`."""
-        if memory.device.type == "cpu":
-            return memory.resolve_conj().resolve_neg()
+        if memory.is_cpu:
+            return memory.resolve_conj().resolve_neg() if memory.is_neg() or memory.is_conj() else memory
         if memory.device.type != "cuda":
             return memory.cpu()
         stream = self._streams.get(memory.device)
@@ -133,46 +134,48 @@ def _table(parts: Sequence[Part], tensors: Sequence[torch.Tensor]) -> PieceTable
     """One row per box that holds an element, in order of the parts."""
     dims = max((len(part.spec.shape) for part in parts), default=1) or 1
     index: list[int] = []
-    offsets: list[tuple[int, ...]] = []
-    lengths: list[tuple[int, ...]] = []
-    strides: list[tuple[int, ...]] = []
-    starts: list[int] = []  # bytes from the tensor's first element
-    address: list[int] = []
-    limit: list[int] = []
+    offsets, lengths, strides = list[int](), list[int](), list[int]()  # `dims` numbers per row, one after the other
+    starts: list[int] = []  # elements from the tensor's first one
+    itemsizes, address, limit = list[int](), list[int](), list[int]()
+    pads = [((0,) * n, (1,) * n) for n in range(dims + 1)]
     for number, (part, tensor) in enumerate(zip(parts, tensors, strict=True)):
-        placed_here = [placed for placed in part.located.placed if 0 not in placed.box.lengths]
-        if not placed_here:
+        located = part.located
+        if not located.placed:
             continue
-        storage, itemsize, first = tensor.untyped_storage(), tensor.element_size(), tensor.data_ptr()
-        stop, own = storage.data_ptr() + storage.nbytes(), tensor.stride()
-        zeros, ones = (0,) * (dims - len(part.spec.shape)), (1,) * (dims - len(part.spec.shape))
-        for placed in placed_here:
+        storage, own = tensor.untyped_storage(), tensor.stride()
+        first, stop, itemsize = tensor.data_ptr(), storage.data_ptr() + storage.nbytes(), tensor.element_size()
+        zeros, ones = pads[dims - len(located.shape)]
+        for placed in located.placed:
+            box = placed.box
+            if 0 in box.lengths:
+                continue
             start, steps = _in_memory(placed, own)
             index.append(number)
-            offsets.append(placed.box.offsets + zeros)
-            lengths.append(placed.box.lengths + ones)
-            strides.append(tuple([step * itemsize for step in steps]) + zeros)
-            starts.append(start * itemsize)
+            starts.append(start)
+            offsets += box.offsets + zeros
+            lengths += box.lengths + ones
+            strides += steps + zeros
+            itemsizes.append(itemsize)
             address.append(first)
             limit.append(stop)
     num = len(index)
-    boxes = BoxTable(
-        tensor=np.array(index, np.int32),
-        offsets=np.array(offsets, np.int64).reshape(num, dims),
-        lengths=np.array(lengths, np.int64).reshape(num, dims),
-    )
+    width = np.array(itemsizes, np.int64)
     return PieceTable(
-        boxes=boxes,
-        address=np.array(address, np.uint64) + np.array(starts, np.uint64),
+        boxes=BoxTable(
+            tensor=np.array(index, np.int32),
+            offsets=np.array(offsets, np.int64).reshape(num, dims),
+            lengths=np.array(lengths, np.int64).reshape(num, dims),
+        ),
+        address=np.array(address, np.uint64) + (np.array(starts, np.int64) * width).astype(np.uint64),
         limit=np.array(limit, np.uint64),
-        strides=np.array(strides, np.int64).reshape(num, dims),
+        strides=np.array(strides, np.int64).reshape(num, dims) * width[:, None],
     )
 
 
 def _in_memory(placed: Placed, own: tuple[int, ...]) -> tuple[int, tuple[int, ...]]:
     """(start of the box, its strides) in elements from the first element of a tensor with strides `own`."""
-    offset = sum(at * stride for at, stride in zip(placed.local_offsets, own, strict=True))
-    dims = len(placed.box.lengths)
+    at, dims = placed.local_offsets, len(placed.box.lengths)
+    offset = sum(map(operator.mul, at, own)) if any(at) else 0
     if dims == len(own):
         return offset, own
     if len(own) == 1:

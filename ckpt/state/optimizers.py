@@ -76,7 +76,7 @@ class OptimizerHolder:
     def load(self, stored: StoredTensors) -> Wanted:
         """All stored slots of this rank's parameters, in place where the optimizer has them already."""
         below = self._stored_slots(stored)
-        is_stored = any(name.startswith(f"{self._name}/") for name in stored.by_name)
+        is_stored = stored.any_below(f"{self._name}/")
         parts: list[Part] = []
         loaded: list[_Slots] = []
         for optimizer in self._optimizers:

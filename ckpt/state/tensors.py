@@ -7,10 +7,12 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
 import torch
+from torch import nn
+from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Replicate, Shard
 from torch.distributed.tensor.placement_types import _StridedShard
 from torch.nn.parameter import UninitializedTensorMixin  # type: ignore[attr-defined]
@@ -34,7 +36,7 @@ class MeshPlacement:
     placements: tuple[where.DimPlacement, ...]
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, slots=True)
 class Located:
     """A local tensor and what it holds of a global one."""
 
@@ -42,6 +44,7 @@ class Located:
     placed: tuple[Placed, ...]  # boxes and where they start in `memory`; none: this rank holds no element
     memory: torch.Tensor  # plain, strided, detached; of fewer dims than the boxes when it is flat
     on: MeshPlacement | None = None  # of a DTensor
+    is_checked: bool = False  # the boxes were made from `shape` and the shape of `memory`: they cannot lie outside
 
     @property
     def is_whole(self) -> bool:
@@ -54,7 +57,7 @@ class Located:
         return tuple(self.memory.shape)
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, slots=True)
 class Part:
     """A named tensor of the state as this rank holds it."""
 
@@ -71,6 +74,7 @@ class _Annotation:
 
 
 _annotations: WeakIdKeyDictionary = WeakIdKeyDictionary()
+_PLAIN_TYPES = frozenset({torch.Tensor, nn.Parameter})  # exactly these: a subclass may keep its data elsewhere
 
 
 def annotate(tensor: torch.Tensor, *, shape: Sequence[int], boxes: Sequence[tuple[Box, Sequence[int]]]) -> torch.Tensor:
@@ -97,6 +101,8 @@ def annotate(tensor: torch.Tensor, *, shape: Sequence[int], boxes: Sequence[tupl
 
 def annotated(name: str, tensor: torch.Tensor) -> Located | None:
     """What `annotate` said of this tensor object, or None."""
+    if not _annotations.data:
+        return None
     note: _Annotation | None = _annotations.get(tensor)  # type: ignore[no-untyped-call]
     if note is None:
         return None
@@ -109,7 +115,8 @@ def annotated(name: str, tensor: torch.Tensor) -> Located | None:
 
 def part(name: str, role: str, located: Located, *, source: str, aliases: Sequence[str] = ()) -> Part:
     """A part of the state, checked."""
-    _check_inside(name, located)
+    if not located.is_checked:
+        _check_inside(name, located)
     spec = TensorSpec(
         name=name,
         role=role,
@@ -124,34 +131,64 @@ def locate_plain(name: str, tensor: torch.Tensor) -> Located:
     """A tensor that is the whole of itself on every rank that holds it."""
     memory = plain_memory(name, tensor)
     shape = tuple(memory.shape)
-    return Located(shape=shape, placed=(_placed_whole(shape),), memory=memory)
+    return Located(shape=shape, placed=_placed_whole(shape), memory=memory, is_checked=True)
 
 
-def locate_dtensor(name: str, tensor: DTensor) -> Located:
-    """A DTensor: its boxes follow from its mesh and placements."""
-    mesh = tensor.device_mesh
-    coordinate = mesh.get_coordinate()
-    shape = tuple(tensor.shape)
-    local = tensor.to_local()
-    if coordinate is None:
-        return Located(shape=shape, placed=(), memory=plain_memory(name, local))
-    placements = tuple(_placement(name, item) for item in tensor.placements)
-    memory = plain_memory(name, local)
-    found = _dtensor_placed(shape, tuple(mesh.shape), tuple(coordinate), placements, tuple(memory.shape))
+class DTensorPlaces:
+    """Where DTensors lie, with what they have in common found once. Owned by one walk, as a mesh may be gone after it."""
+
+    def __init__(self) -> None:
+        self._grids: dict[tuple[object, ...], _Grid] = {}
+
+    def locate(self, name: str, tensor: DTensor) -> Located:
+        """A DTensor's place: its boxes follow from its mesh and placements."""
+        mesh, placements = tensor.device_mesh, tensor.placements
+        same = (id(mesh), placements, *map(type, placements))  # in some torches a strided Shard equals a plain one
+        grid = self._grids.get(same)
+        if grid is None:
+            grid = self._grids[same] = _grid(name, mesh, placements)
+        memory, shape = plain_memory(name, tensor.to_local()), tuple(tensor.shape)
+        if grid.coordinate is None:
+            return Located(shape=shape, placed=(), memory=memory, is_checked=True)
+        key = (shape, tuple(memory.shape))
+        found = grid.placed.get(key)
+        if found is None:
+            found = grid.placed[key] = _grid_placed(name, grid, *key)
+        return Located(shape=shape, placed=found, memory=memory, on=grid.on, is_checked=True)
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Grid:
+    """Meshes and placements that many DTensors share."""
+
+    mesh: DeviceMesh  # kept, so that its id stays its own
+    coordinate: tuple[int, ...] | None  # None: this rank is not in the mesh
+    on: MeshPlacement
+    placed: dict[tuple[tuple[int, ...], tuple[int, ...]], tuple[Placed, ...]] = field(default_factory=dict)
+
+
+def _grid(name: str, mesh: DeviceMesh, placements: Sequence[object]) -> _Grid:
+    coordinate, mesh_shape = mesh.get_coordinate(), tuple(mesh.shape)
+    if coordinate is None:  # then nothing is said of the placements, not even that they are known
+        on = MeshPlacement(axes=(), mesh_shape=mesh_shape, placements=())
+        return _Grid(mesh=mesh, coordinate=None, on=on)
+    on = MeshPlacement(
+        axes=mesh.mesh_dim_names or ("",) * len(mesh_shape),
+        mesh_shape=mesh_shape,
+        placements=tuple(_placement(name, item) for item in placements),
+    )
+    return _Grid(mesh=mesh, coordinate=tuple(coordinate), on=on)
+
+
+def _grid_placed(name: str, grid: _Grid, shape: tuple[int, ...], local_shape: tuple[int, ...]) -> tuple[Placed, ...]:
+    assert grid.coordinate is not None
+    found = _dtensor_placed(shape, grid.on.mesh_shape, grid.coordinate, grid.on.placements, local_shape)
     if found is None:
         raise InvalidInputError(
-            f"tensor `{name}`: placements {tensor.placements} on a mesh of shape {tuple(mesh.shape)} do not give a "
-            f"local shape {tuple(memory.shape)} at coordinate {tuple(coordinate)} of a tensor of shape {shape}"
+            f"tensor `{name}`: placements {grid.on.placements} on a mesh of shape {grid.on.mesh_shape} do not give a "
+            f"local shape {local_shape} at coordinate {grid.coordinate} of a tensor of shape {shape}"
         )
-    on = _mesh_placement(mesh.mesh_dim_names, tuple(mesh.shape), placements)
-    return Located(shape=shape, placed=found, memory=memory, on=on)
-
-
-@functools.lru_cache(maxsize=4096)
-def _mesh_placement(
-    names: tuple[str, ...] | None, mesh_shape: tuple[int, ...], placements: tuple[where.DimPlacement, ...]
-) -> MeshPlacement:
-    return MeshPlacement(axes=names or ("",) * len(mesh_shape), mesh_shape=mesh_shape, placements=placements)
+    return found
 
 
 def plain_memory(name: str, tensor: torch.Tensor) -> torch.Tensor:
@@ -177,6 +214,9 @@ def overlaps_itself(memory: torch.Tensor) -> bool:
 
 def memory_problem(memory: torch.Tensor) -> str | None:
     """Why this is not plain strided memory, as the end of a sentence; None when it is."""
+    is_dense = memory.layout is torch.strided and not (memory.is_quantized or memory.is_nested or memory.is_meta)
+    if is_dense and type(memory) in _PLAIN_TYPES:
+        return None
     if isinstance(memory, UninitializedTensorMixin):
         return "belongs to a lazy module that has not run yet; run it once before"
     if memory.layout != torch.strided or memory.is_quantized or memory.is_nested:
@@ -220,8 +260,8 @@ def _dtensor_placed(
 
 
 @functools.lru_cache(maxsize=65536)
-def _placed_whole(shape: tuple[int, ...]) -> Placed:
-    return Placed(box=whole(shape), local_offsets=(0,) * len(shape))
+def _placed_whole(shape: tuple[int, ...]) -> tuple[Placed, ...]:
+    return (Placed(box=whole(shape), local_offsets=(0,) * len(shape)),)
 
 
 def _check_inside(name: str, located: Located) -> None:

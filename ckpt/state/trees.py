@@ -19,6 +19,8 @@ from ckpt.state.dtypes import dtype_name, torch_dtype
 
 _DICTS = (dict, collections.OrderedDict, collections.defaultdict)
 _LISTS = (list, tuple, collections.deque)
+_CONTAINERS = frozenset((*_DICTS, *_LISTS))
+_LEAVES = frozenset((int, float, str, bool, bytes, type(None)))
 
 register_codec(torch.Size, tag="torch.Size", to_tree=list, from_tree=torch.Size)
 register_codec(torch.device, tag="torch.device", to_tree=str, from_tree=torch.device)
@@ -30,28 +32,47 @@ register_codec(
 def take_tensors(value: Any, name: str) -> tuple[Tree, dict[str, torch.Tensor]]:
     """A copy of the value with each tensor replaced by a `TensorRef`, and the tensors by name `<name>/<path>`."""
     tensors: dict[str, torch.Tensor] = {}
+    if isinstance(value, torch.Tensor):
+        tensors[name] = value
+        return TensorRef(name=name), tensors
+    return _taken(value, name, 0, tensors, name), tensors
 
-    def visit(item: Any, path: str, depth: int) -> Any:
-        if isinstance(item, torch.Tensor):
-            if path in tensors:
-                raise InvalidInputError(f"two values in `{name}` have the name `{path}`", kind="duplicate-name")
-            tensors[path] = item
-            return TensorRef(name=path)
-        kind = type(item)
-        if kind not in _DICTS and kind not in _LISTS:
-            return item
-        if depth >= OBJECT_DEPTH_MAX:
-            raise InvalidInputError(f"`{path[:200]}` is nested deeper than {OBJECT_DEPTH_MAX}", kind="too-deep")
-        if kind in _DICTS:
-            pairs: dict[Any, Any] = {key: visit(one, f"{path}/{key}", depth + 1) for key, one in item.items()}
-            if isinstance(item, collections.defaultdict):
-                return collections.defaultdict(item.default_factory, pairs)
-            made: Any = kind
-            return made(pairs)
-        items = [visit(one, f"{path}/{i}", depth + 1) for i, one in enumerate(item)]
-        return collections.deque(items, item.maxlen) if kind is collections.deque else kind(items)
 
-    return visit(value, name, 0), tensors
+def _taken(item: Any, path: str, depth: int, tensors: dict[str, torch.Tensor], root: str) -> Any:
+    """A copy of a value that is no tensor; the tensors in it are added to `tensors`."""
+    kind = type(item)
+    if kind not in _CONTAINERS:
+        return item
+    if depth >= OBJECT_DEPTH_MAX:
+        raise InvalidInputError(f"`{path[:200]}` is nested deeper than {OBJECT_DEPTH_MAX}", kind="too-deep")
+    taken: list[Any] = []
+    for key, one in item.items() if kind in _DICTS else enumerate(item):
+        if type(one) in _LEAVES:
+            taken.append(one)
+        elif isinstance(one, torch.Tensor):
+            below = f"{path}/{key}"
+            if below in tensors:
+                raise InvalidInputError(f"two values in `{root}` have the name `{below}`", kind="duplicate-name")
+            tensors[below] = one
+            taken.append(TensorRef(name=below))
+        else:
+            taken.append(_taken(one, f"{path}/{key}", depth + 1, tensors, root))
+    return _refilled(item, taken)
+
+
+def _refilled(container: Any, items: list[Any]) -> Any:
+    """A container of the same kind, and with the same keys, that holds these items."""
+    kind = type(container)
+    if kind is list:
+        return items
+    if kind is tuple:
+        return tuple(items)
+    if kind is collections.deque:
+        return collections.deque(items, container.maxlen)
+    pairs = dict(zip(container, items, strict=True))
+    if kind is collections.defaultdict:
+        return collections.defaultdict(container.default_factory, pairs)
+    return collections.OrderedDict(pairs) if kind is collections.OrderedDict else pairs
 
 
 def put_tensors(tree: Tree, tensor_of: Callable[[str], torch.Tensor | None], *, name: str) -> Tree:
@@ -72,10 +93,11 @@ def holds_only_plain(value: Any, is_special: Callable[[Any], bool], depth: int =
     """True when nothing in the nested value is special."""
     if depth > OBJECT_DEPTH_MAX or is_special(value):
         return depth > OBJECT_DEPTH_MAX
-    if type(value) in _DICTS:
-        return all(holds_only_plain(item, is_special, depth + 1) for item in value.values())
-    if type(value) in _LISTS:
-        return all(holds_only_plain(item, is_special, depth + 1) for item in value)
+    if type(value) in _CONTAINERS:
+        for item in value.values() if type(value) in _DICTS else value:
+            # Most are tensors of one class: told by their class, which is fast.
+            if not (isinstance(item, torch.Tensor) or holds_only_plain(item, is_special, depth + 1)):
+                return False
     return True
 
 

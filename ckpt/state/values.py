@@ -26,10 +26,18 @@ class _TreeHolder:
     def __init__(self, name: str, locator: Locator) -> None:
         self._name = name
         self._locator = locator
+        self._taken: tuple[Any, Tree, dict[str, torch.Tensor]] | None = None
 
     @property
     def name(self) -> str:
         return self._name
+
+    def _take(self) -> tuple[Any, Tree, dict[str, torch.Tensor]]:
+        """The value, its tree and its tensors; looked at once, as a holder lives for one walk."""
+        if self._taken is None:
+            value = self._value()
+            self._taken = (value, *take_tensors(value, self._name))
+        return self._taken
 
     def _value(self) -> Any:
         raise NotImplementedError
@@ -39,8 +47,7 @@ class _TreeHolder:
 
     def save(self) -> Saved:
         """The tensors, and the tree with references in their place."""
-        value = self._value()
-        tree, tensors = take_tensors(value, self._name)
+        value, tree, tensors = self._take()
         parts = [self._part(name, tensor) for name, tensor in tensors.items()]
         if isinstance(value, torch.Tensor):
             return Saved(parts=parts)
@@ -49,8 +56,7 @@ class _TreeHolder:
 
     def load(self, stored: StoredTensors) -> Wanted:
         """Tensors in place where the value has them, else new ones; the tree once their bytes are there."""
-        value = self._value()
-        _, tensors = take_tensors(value, self._name)
+        value, _, tensors = self._take()
         parts = [self._part(name, tensor) for name, tensor in tensors.items()]
         if isinstance(value, torch.Tensor):
             return Wanted(parts=parts)
@@ -83,7 +89,7 @@ class PlainHolder(_TreeHolder):
 
     def add_params(self, table: ParamTable) -> None:
         """Name tensors that an optimizer may hold and no module has."""
-        for name, tensor in take_tensors(self._plain, self._name)[1].items():
+        for name, tensor in self._take()[2].items():
             if tensor.requires_grad and table.get(tensor) is None:
                 table.add((name,), tensor, self._locator.locate(name, tensor, strict=False))
 

@@ -15,6 +15,7 @@ import torch
 
 import ckpt
 from ckpt.cli import run
+from ckpt.format import manifest
 
 SCHEMAS = Path(__file__).resolve().parents[2] / "docs" / "reference" / "json"
 
@@ -94,6 +95,14 @@ def program(capsys: pytest.CaptureFixture[str]) -> Program:
     return call
 
 
+def rewrite_manifest(path: Path, **changes: Any) -> None:
+    """Change fields of a manifest and make its digest right again."""
+    document = {**json.loads(path.read_bytes()), **changes}
+    document.pop("digest")
+    document["digest"] = manifest.sha256(manifest.canonical(document))
+    path.write_bytes(manifest.canonical(document))
+
+
 def check_schema(document: Any, name: str) -> None:
     """The document is valid, and has no field that the schema does not know."""
     schema = json.loads((SCHEMAS / f"{name}.json").read_text())
@@ -109,4 +118,6 @@ def undocumented(document: Any, schema: dict[str, Any], place: str) -> list[str]
         return []
     known = schema["properties"]
     out = [f"{place}.{key}" for key in document if key not in known]
-    return out + [f for key in document if key in known for f in undocumented(document[key], known[key], f"{place}.{key}")]
+    return out + [
+        f for key in document if key in known for f in undocumented(document[key], known[key], f"{place}.{key}")
+    ]

@@ -44,7 +44,11 @@ def test_ls_reports_a_damaged_manifest_and_the_rest(program: Program, gpt: Path)
     manifest.write_bytes(manifest.read_bytes().replace(b'"a test"', b'"a fest"'))
     outcome = program("ls", gpt, "--json")
     assert outcome.code == 3
-    assert [(c["step"], c["error"] is None) for c in outcome.document["checkpoints"]] == [(10, True), (20, False), (30, True)]
+    assert [(c["step"], c["error"] is None) for c in outcome.document["checkpoints"]] == [
+        (10, True),
+        (20, False),
+        (30, True),
+    ]
     assert "cannot be read" in program("ls", gpt).out
 
 
@@ -89,7 +93,12 @@ def test_names_from_a_checkpoint_cannot_steer_the_terminal(program: Program, tmp
 
 
 def test_diff_tells_added_removed_reshaped_and_changed(program: Program, tmp_path: Path) -> None:
-    before = {"same": torch.ones(5), "changed": torch.zeros(3), "reshaped": torch.zeros(2, 3), "removed": torch.zeros(1)}
+    before = {
+        "same": torch.ones(5),
+        "changed": torch.zeros(3),
+        "reshaped": torch.zeros(2, 3),
+        "removed": torch.zeros(1),
+    }
     after = {"same": torch.ones(5), "changed": torch.ones(3), "reshaped": torch.zeros(3, 2), "added": torch.zeros(1)}
     ckpt.save({"t": before, "count": {"n": 1}, "old": {"x": 1}}, tmp_path / "run", step=1)
     ckpt.save({"t": after, "count": {"n": 2}, "new": {"x": 1}}, tmp_path / "run", step=2)

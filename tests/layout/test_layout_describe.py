@@ -56,7 +56,12 @@ def test_state_that_lies_apart_from_its_parameter_has_a_rule_of_its_own() -> Non
 
 def test_a_name_that_no_pattern_can_say_is_refused() -> None:
     with pytest.raises(InvalidInputError):
-        layout_of_tensors(MESH, {"model/{a": ((2,), ROWS)})
+        layout_of_tensors(MESH, {"model/{a": ((2,), ROWS), "model/b": ((2, 2), COLUMNS)})
+
+
+def test_tensors_that_all_lie_alike_are_one_rule_whatever_their_names() -> None:
+    layout = layout_of_tensors(MESH, {f"model/{{t{i}": ((8, 4), ROWS) for i in range(50)})
+    assert [(rule.match[0].text, rule.where) for rule in layout.rules] == [("**", ROWS)]
 
 
 @settings(deadline=None, max_examples=100)

@@ -1,0 +1,182 @@
+"""A GPT of 124M parameters, cut as FSDP2 does over 2 gloo ranks, 1.74 GB. Run: `python -m bench.gpt`.
+
+bf16 parameters, fp32 master copies and both moments of Adam: 592 sharded tensors. Save, async save (stall and durable), load
+on the same layout, on one rank and tensor-parallel, from disk and from the page cache; ckpt and torch.distributed.checkpoint
+in turn in one run, and as floors safetensors with a sync and direct I/O. What comes back is compared bit by bit once.
+"""
+
+from __future__ import annotations
+
+import argparse
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch.distributed as dist
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import Shard
+
+import ckpt
+from bench import options
+from bench.floors import Direct, drop_cache, memcpy_rate, warm_cache
+from bench.measure import Measured, measure, remove, size_of
+from bench.ranks import Rank, run_ranks
+from bench.series import Table, add, ratios, show, summarize
+from bench.systems import Dcp, DcpAsync, Ours, OursNewRun, Phases, Safetensors
+from bench.workloads import State, check_equal, gpt_shapes, nbytes, plain, scramble, sharded, tp_placement
+
+COPIES = 6  # of the state, on disk or in memory at one time, with some room
+
+
+class _Loads:
+    """The three targets of a load, each with the values that it must hold afterwards."""
+
+    def __init__(self, rank: Rank, shapes: Any, state: State) -> None:
+        mesh = init_device_mesh("cpu", (rank.size,))
+        tp = {name: (tp_placement(name),) for name in shapes}
+        fsdp = {name: (Shard(0),) for name in shapes}
+        self._rank, self._shapes = rank, shapes
+        self._alone = dist.new_group([0])
+        self._targets = {
+            "same layout": (sharded(shapes, mesh, fsdp, fill=False), lambda: state),
+            "to TP": (sharded(shapes, mesh, tp, fill=False), lambda: sharded(shapes, mesh, tp, fill=True)),
+        }
+        self._whole = plain(shapes, fill=False) if rank.rank == 0 else {}
+
+    def all(self) -> list[str]:
+        return [*self._targets, "to 1 rank"]
+
+    def run(self, kind: str, system: Ours | Dcp, folder: Path, step: int) -> Measured:
+        """Load one target. All ranks call; ranks without a target wait."""
+        if kind != "to 1 rank":
+            state = self._targets[kind][0]
+            scramble(state)
+            return measure(self._rank, lambda: system.load(state, folder, step))
+        scramble(self._whole)
+        return measure(self._rank, lambda: self._load_alone(system, folder, step))
+
+    def _load_alone(self, system: Ours | Dcp, folder: Path, step: int) -> Phases:
+        if self._rank.rank != 0:
+            return {}
+        if isinstance(system, Dcp):
+            return system.load_alone(self._whole, folder, step)
+        group = self._alone
+        return ckpt.load({"model": self._whole}, folder / "run", step=step, process_group=group).seconds
+
+    def check(self, kind: str, system: str) -> None:
+        """What was loaded is what was saved."""
+        if kind != "to 1 rank":
+            found, expected = self._targets[kind]
+            check_equal(found, expected(), what=f"{system}, {kind}")
+        elif self._rank.rank == 0:
+            check_equal(self._whole, plain(self._shapes, fill=True), what=f"{system}, {kind}")
+
+
+def body(rank: Rank, size: dict[str, int], repeats: int) -> dict[str, Any]:
+    """One rank: all systems in turn, `repeats` + 1 times."""
+    shapes = gpt_shapes(**size)
+    mesh = init_device_mesh("cpu", (rank.size,))
+    state = sharded(shapes, mesh, {name: (Shard(0),) for name in shapes}, fill=True)
+    loads = _Loads(rank, shapes, state)
+    table: Table = {}
+    sizes: dict[str, dict[str, int]] = {}
+    asynchronous = [Ours(), DcpAsync(keep=False), DcpAsync(keep=True)]
+    direct = Direct()
+    for step in range(repeats + 1):
+        for system in (Ours(), OursNewRun(), Dcp(), Safetensors(), direct):
+            folder = rank.folder / system.name.replace(" ", "-").replace("/", "-")
+            add(table, "save", system.name, measure(rank, _call(system.save, state, folder, step)))
+            sizes.setdefault(system.name, size_of(folder))
+            if isinstance(system, Dcp) or type(system) is Ours:
+                _load_all(rank, table, loads, system, folder, step)
+            elif not isinstance(system, OursNewRun):
+                _load_own(rank, table, state, loads, system, folder, step)
+            remove(rank, folder)
+        for writer in asynchronous:
+            _save_in_background(rank, table, writer, state, step)
+    for writer in asynchronous:
+        if isinstance(writer, DcpAsync):
+            writer.close()
+    rate = rank.slowest(memcpy_rate()) / 1e9
+    return {
+        "results": summarize(table),
+        "stored": sizes,
+        "nbytes": nbytes(shapes),
+        "tensors": len(shapes),
+        "memcpy_gb_per_s": round(rate, 2),
+    }
+
+
+def _call(work: Callable[..., Phases], *arguments: Any) -> Callable[[], Phases]:
+    return lambda: work(*arguments)
+
+
+def _load_all(rank: Rank, table: Table, loads: _Loads, system: Ours | Dcp, folder: Path, step: int) -> None:
+    for cache in ("cold", "warm"):
+        for kind in loads.all():
+            rank.together()
+            if rank.rank == 0:
+                (drop_cache if cache == "cold" else warm_cache)(folder)
+            add(table, f"load {kind}, {cache}", system.name, loads.run(kind, system, folder, step))
+            if step == 0 and cache == "cold":
+                loads.check(kind, system.name)
+
+
+def _load_own(rank: Rank, table: Table, state: State, loads: _Loads, system: Any, folder: Path, step: int) -> None:
+    """A floor that can only read its own files back, into the state that they came from."""
+    for cache in ("cold", "warm"):
+        rank.together()
+        if rank.rank == 0:
+            (drop_cache if cache == "cold" else warm_cache)(folder)
+        add(table, f"load same layout, {cache}", system.name, measure(rank, lambda: system.load(state, folder, step)))
+
+
+def _save_in_background(rank: Rank, table: Table, writer: Any, state: State, step: int) -> None:
+    """Stall: until the call returns on all ranks. Durable: until all ranks know that it is, from the same start."""
+    folder = rank.folder / "async"
+    stalled = 0.0
+
+    def work() -> Phases:
+        nonlocal stalled
+        start = time.perf_counter()
+        wait = writer.async_save(state, folder, step + 10_000)  # steps of their own within ckpt's run
+        stalled = time.perf_counter() - start
+        return wait()
+
+    found = measure(rank, work)
+    add(table, "async save, durable", writer.name, found)
+    stall = replace(found, seconds=rank.slowest(stalled), cpu_s=0.0, answer=None)
+    add(table, "async save, stall", writer.name, stall)
+    remove(rank, folder)
+
+
+def main(arguments: list[str] | None = None) -> dict[str, Any]:
+    """Measure and print."""
+    parser = options.parser(__doc__ or "", repeats=5)
+    parser.add_argument("--layers", type=int, default=12)
+    parser.add_argument("--width", type=int, default=768)
+    return run(parser.parse_args(arguments))
+
+
+def run(args: argparse.Namespace) -> dict[str, Any]:
+    size = {"layers": args.layers, "width": args.width, "vocabulary": 50257}
+    repeats = args.repeats
+    if args.tiny:
+        size, repeats = {"layers": 1, "width": 32, "vocabulary": 257}, 1
+    options.check_space(args.dir, COPIES * nbytes(gpt_shapes(**size)))
+    with options.scratch(args.dir) as folder:
+        found = run_ranks(body, 2, folder, size=size, repeats=repeats)
+        found["ratios"] = ratios(found["results"], "ckpt")
+        made = options.report("gpt", folder, {**size, "ranks": 2, "repeats": repeats, "cold": "fadvise"}, found)
+    print(show(found["results"], "ckpt"))
+    print(f"{found['nbytes'] / 1e9:.3f} GB in {found['tensors']} tensors; memcpy {found['memcpy_gb_per_s']:.1f} GB/s")
+    for task, row in found["ratios"].items():
+        print(f"{task}: dcp takes {row['dcp']:.2f} times as long (target at least 1)")
+    options.keep(made, args.json)
+    return made
+
+
+if __name__ == "__main__":
+    main()
