@@ -47,13 +47,12 @@ _COMMITTER = (
     "commit.after-manifest",
     "commit.before-abort",
 )
-_BLOCKING_ONLY = ("save.in-image",)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Case:
     store: str  # posix, moto, rclone
-    mode: str  # sync, async
+    mode: str  # steady: the session of step 1 goes on; sync, async: a new one, that talks first
     point: str  # with @count
     victims: tuple[int, ...]
 
@@ -83,9 +82,7 @@ def _cases() -> list[Case]:
         for point in (*_EVERY_RANK, *_COMMITTER):
             if point == "commit.after-claim" and store != "rclone":
                 continue
-            modes = ["sync", "async"] if store == "posix" else ["async" if len(out) % 2 else "sync"]
-            if point.split("@")[0] in _BLOCKING_ONLY:
-                modes = ["sync"]
+            modes = ["steady", "async"] if store == "posix" else ["async" if len(out) % 2 else "sync"]
             victims = [(0,), (1,), (0, 1)] if point in _EVERY_RANK else [(0,)]
             out += [Case(store=store, mode=m, point=point, victims=v) for m in modes for v in victims]
     return out

@@ -20,7 +20,7 @@ from ckpt import failpoints
 from ckpt.config import Options
 from ckpt.errors import CheckpointError
 from ckpt.layout.box import Box
-from ckpt.store.testing import FaultyStore
+from ckpt.store.testing import FaultyStore, parse_script
 
 COMMIT_TIMEOUT_S = 3.0
 OUTCOME_GRACE_S = 1.0
@@ -65,11 +65,15 @@ def die_in_second_save(url: str, mode: str, failpoint_of: dict[int, str]) -> Out
     state = state_of(1)
     ckpt.save(state, url, step=1, options=PATIENT)
     change_to(state, 2)
+    options = OPTIONS  # another run object: ranks exchange again
+    if mode == "steady":  # no exchange: the session of step 1 goes on, with deadlines that a test can wait for
+        ckpt.api._run_of(url, None, PATIENT, None)._session._options = OPTIONS
+        options = PATIENT
     failpoints.reset()
     text = failpoint_of.get(dist.get_rank())
     if text is not None:
         os.environ["CKPT_FAILPOINT"], os.environ["CKPT_FAILPOINT_RANK"] = text, os.environ["RANK"]
-    return outcome_of(lambda: _save(state, url, 2, mode))
+    return outcome_of(lambda: _save(state, url, 2, mode, options))
 
 
 def outcome_of(call: Any) -> Outcome:
@@ -83,11 +87,11 @@ def outcome_of(call: Any) -> Outcome:
     return out | {"seconds": time.monotonic() - start}
 
 
-def _save(state: dict[str, Any], url: str, step: int, mode: str) -> None:
+def _save(state: dict[str, Any], url: str, step: int, mode: str, options: Options = OPTIONS) -> None:
     if mode == "async":
-        ckpt.async_save(state, url, step=step, options=OPTIONS).wait(60.0)
+        ckpt.async_save(state, url, step=step, options=options).wait(60.0)
     else:
-        ckpt.save(state, url, step=step, options=OPTIONS)
+        ckpt.save(state, url, step=step, options=options)
 
 
 # Ranks that are missing while the others exchange
@@ -125,6 +129,31 @@ def die_in_load(url: str) -> Outcome:
 
 
 # Stores that fail
+
+
+def store_hiccup_in_steady_state(url: str, script: str, methods: list[str]) -> list[Outcome]:
+    """Steps 1 to 3 in one session, the store failing for rank 1 in step 2 only."""
+    state = state_of(1)
+    faulty: list[FaultyStore] = []
+    plain = ckpt.api.open_store
+    if dist.get_rank() == 1:
+
+        def open_faulty(*args: Any, **kwargs: Any) -> FaultyStore:
+            faulty.append(FaultyStore(plain(*args, **kwargs), "", methods=frozenset(methods)))
+            return faulty[0]
+
+        ckpt.api.open_store = open_faulty  # type: ignore[assignment]
+    with ckpt.Checkpointer(url, every=1, background=False, options=OPTIONS) as run:
+        run.step(1, state)
+        if faulty:
+            faulty[0]._script = parse_script(script)
+        change_to(state, 2)
+        second = outcome_of(lambda: run.step(2, state))
+        if faulty:
+            faulty[0]._script = []
+        change_to(state, 3)
+        dist.barrier()
+        return [second, outcome_of(lambda: run.step(3, state))]
 
 
 def scripted_second_save(url: str, script_of: dict[int, tuple[str, list[str]]], mode: str) -> Outcome:
