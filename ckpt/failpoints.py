@@ -23,7 +23,7 @@ from ckpt.errors import CheckpointError, InvalidInputError
 # Every failpoint and what it cuts. A name that is not here is a bug at the call and a usage error in the environment.
 KNOWN = {
     "save.before-image": "step 1: nothing is written yet",
-    "save.in-image": "step 1: some of the rank's image is written (blocking saves: after each chunk)",
+    "save.in-image": "step 1: some of the rank's image is written: after each chunk",
     "save.before-image-commit": "step 1: all of the image is written, it is not durable",
     "save.before-index": "step 4: before each file of the index",
     "commit.before-receipt": "step 2: the rank's image is durable, its receipt is not",

@@ -31,7 +31,7 @@ from ckpt.engine.agree import agree, find_disagreements, names_by_hash
 from ckpt.engine.pack import Packer, PackProgram, make_program
 from ckpt.engine.structure import Digests
 from ckpt.engine.world import World
-from ckpt.errors import CheckpointError, RankFailedError
+from ckpt.errors import AlreadyExistsError, CheckpointError, RankFailedError
 from ckpt.format import manifest, receipt
 from ckpt.format.checksum import choose_block_bytes, sha256
 from ckpt.format.image import lay_out, padded_object
@@ -165,7 +165,12 @@ class SaveSession:
         if planned is None:
             planned = self._planned = self._plan_with_others(local, request, error)
         self._count += 1  # on every rank alike, whatever happens next
-        publishing.refuse_existing(self._store, request.step)
+        try:
+            publishing.refuse_existing(self._store, request.step)
+        except AlreadyExistsError:
+            raise  # every rank sees it, and nothing is to be touched
+        except CheckpointError as problem:
+            error = error or problem  # perhaps of this rank's way to the store alone
         with self._telling_others(request.step):
             if error is not None:
                 raise error
@@ -318,6 +323,7 @@ class SaveSession:
                     pending.popleft().result()
                 pending.append(pool.submit(writer.write, image[low:high].data))
                 attempt.packer.checksum(chunk, image[low:high])
+                failpoints.hit("save.in-image")
             for future in pending:
                 future.result()
 

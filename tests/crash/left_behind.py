@@ -14,7 +14,7 @@ from ckpt.commit import find
 from ckpt.commit.gc import collect_garbage
 from ckpt.store.base import Store
 from ckpt.store.open import open_store
-from tests.workers.crashing import OPTIONS, check, cut_values
+from tests.workers.crashing import PATIENT, check, cut_values
 
 StorageOptions = Mapping[str, Any] | None
 
@@ -22,7 +22,7 @@ StorageOptions = Mapping[str, Any] | None
 @contextmanager
 def opened(url: str, storage: StorageOptions) -> Iterator[Store]:
     """The store of a run."""
-    store = open_store(url, options=OPTIONS, storage_options=storage)
+    store = open_store(url, options=PATIENT, storage_options=storage)
     try:
         yield store
     finally:
@@ -35,7 +35,7 @@ def check_run(url: str, complete: list[int], storage: StorageOptions = None) -> 
         assert find.steps(store) == complete
         _check_steps(url, complete, storage)
         kept = {entry.key for step in complete for entry in _complete_attempt(store, step)}
-        collect_garbage(store, options=OPTIONS, force_unfinished=True)
+        collect_garbage(store, options=PATIENT, force_unfinished=True)
         assert find.steps(store) == complete
         left = {entry.key for entry in store.list("")}
         manifests = {f"step-{step:012d}/manifest.json" for step in complete}
@@ -49,13 +49,14 @@ def check_run(url: str, complete: list[int], storage: StorageOptions = None) -> 
 def save_again(url: str, step: int, storage: StorageOptions = None) -> None:
     """Any job can save the step that a crash took."""
     state = {"cut": cut_values(step), "whole": torch.arange(50.0) + step, "progress": {"step": step}}
-    ckpt.save(state, url, step=step, options=OPTIONS, storage_options=storage)
+    with ckpt.Checkpointer(url, every=1, background=False, options=PATIENT, storage_options=storage) as run:
+        run.step(step, state)
     _check_steps(url, [step], storage)
 
 
 def _check_steps(url: str, steps: list[int], storage: StorageOptions) -> None:
     for step in steps:
-        with ckpt.open(url, step=step, options=OPTIONS, storage_options=storage) as checkpoint:
+        with ckpt.open(url, step=step, options=PATIENT, storage_options=storage) as checkpoint:
             check(checkpoint, step)
 
 

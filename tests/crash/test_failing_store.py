@@ -88,6 +88,20 @@ def test_a_store_that_is_gone_for_one_rank(rank: int, tmp_path: Path) -> None:
     save_again(url, 2)
 
 
+@pytest.mark.parametrize("method", ["exists", "open_writer", "write", "commit", "put"])
+def test_a_hiccup_on_one_rank_costs_one_save(method: str, tmp_path: Path) -> None:
+    """In steady state, at whatever call: the other rank hears of it at once, and the next save is saved."""
+    url = str(tmp_path / "run")
+    with RankGroup(2) as group:
+        told = group.call("tests.workers.crashing:store_hiccup_in_steady_state", url, "timeout", [method])
+    (other, third_of_0), (mine, third_of_1) = told
+    assert (mine["error"], mine["kind"]) == ("StoreError", "unreachable"), told
+    assert (other["error"], other["kind"]) == ("RankFailedError", "rank-failed"), told
+    assert "rank 1" in other["message"] and "scripted fault" in other["message"]
+    assert _errors([third_of_0, third_of_1]) == [("", ""), ("", "")], told
+    check_run(url, [1, 3])
+
+
 def test_disk_full_by_the_kernel(tmp_path: Path) -> None:
     url = str(tmp_path / "run")
     told = _told("file_too_large_on_rank_1", url)
@@ -112,11 +126,11 @@ def test_server_that_stops_answering(tmp_path: Path) -> None:
     with rclone_server(tmp_path / "server") as server:
         url = server.url("run")
         with RankGroup(2, environment=server.environment) as group:
-            first = group.call("tests.workers.crashing:save_one", url, 1)
+            first = group.call("tests.workers.crashing:save_one", url, 1, False)
             assert _errors(first) == [("", ""), ("", "")]
             os.kill(server.process.pid, signal.SIGSTOP)
             try:
-                told = group.call("tests.workers.crashing:save_one", url, 2, timeout_s=_WAIT_S)
+                told = group.call("tests.workers.crashing:save_one", url, 2, True, timeout_s=_WAIT_S)
             finally:
                 os.kill(server.process.pid, signal.SIGCONT)
         assert {one["error"] for one in told} <= {"StoreError", "RankFailedError"}, told

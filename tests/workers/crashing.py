@@ -20,23 +20,16 @@ from ckpt import failpoints
 from ckpt.config import Options
 from ckpt.errors import CheckpointError
 from ckpt.layout.box import Box
-from ckpt.store.testing import FaultyStore
+from ckpt.store.testing import FaultyStore, parse_script
 
 COMMIT_TIMEOUT_S = 3.0
 OUTCOME_GRACE_S = 1.0
 EXCHANGE_TIMEOUT_S = 30.0
 SHORT_EXCHANGE_TIMEOUT_S = 4.0  # where a rank is missing in it
 ROWS, COLUMNS = 96, 64
-OPTIONS = Options(
-    commit_timeout_s=COMMIT_TIMEOUT_S,
-    outcome_grace_s=OUTCOME_GRACE_S,
-    exchange_timeout_s=EXCHANGE_TIMEOUT_S,
-    chunk_bytes=4096,  # several chunks in a tiny image
-    store_attempts=2,
-    connect_timeout_s=1.0,
-    read_timeout_s=2.0,
-    poll_max_s=0.05,
-)
+PATIENT = Options(exchange_timeout_s=EXCHANGE_TIMEOUT_S, commit_timeout_s=30.0, chunk_bytes=4096, poll_max_s=0.05)
+OPTIONS = dataclasses.replace(PATIENT, commit_timeout_s=COMMIT_TIMEOUT_S, outcome_grace_s=OUTCOME_GRACE_S)
+SHORT_REQUESTS = dataclasses.replace(OPTIONS, store_attempts=2, connect_timeout_s=1.0, read_timeout_s=2.0)
 
 Outcome = dict[str, Any]
 
@@ -70,13 +63,17 @@ def change_to(state: dict[str, Any], step: int) -> None:
 def die_in_second_save(url: str, mode: str, failpoint_of: dict[int, str]) -> Outcome:
     """Save step 1, then step 2 with a failpoint on some ranks. What became of it on a rank that lives."""
     state = state_of(1)
-    ckpt.save(state, url, step=1, options=OPTIONS)
+    ckpt.save(state, url, step=1, options=PATIENT)
     change_to(state, 2)
+    options = OPTIONS  # another run object: ranks exchange again
+    if mode == "steady":  # no exchange: the session of step 1 goes on, with deadlines that a test can wait for
+        ckpt.api._run_of(url, None, PATIENT, None)._session._options = OPTIONS
+        options = PATIENT
     failpoints.reset()
     text = failpoint_of.get(dist.get_rank())
     if text is not None:
         os.environ["CKPT_FAILPOINT"], os.environ["CKPT_FAILPOINT_RANK"] = text, os.environ["RANK"]
-    return outcome_of(lambda: _save(state, url, 2, mode))
+    return outcome_of(lambda: _save(state, url, 2, mode, options))
 
 
 def outcome_of(call: Any) -> Outcome:
@@ -90,11 +87,11 @@ def outcome_of(call: Any) -> Outcome:
     return out | {"seconds": time.monotonic() - start}
 
 
-def _save(state: dict[str, Any], url: str, step: int, mode: str) -> None:
+def _save(state: dict[str, Any], url: str, step: int, mode: str, options: Options = OPTIONS) -> None:
     if mode == "async":
-        ckpt.async_save(state, url, step=step, options=OPTIONS).wait(60.0)
+        ckpt.async_save(state, url, step=step, options=options).wait(60.0)
     else:
-        ckpt.save(state, url, step=step, options=OPTIONS)
+        ckpt.save(state, url, step=step, options=options)
 
 
 # Ranks that are missing while the others exchange
@@ -125,7 +122,7 @@ def stop_before_first_save(url: str, with_group: bool) -> Outcome:
 def die_in_load(url: str) -> Outcome:
     """Rank 1 is killed when it is about to read, rank 0 waits for it after its own reads."""
     state = state_of(1)
-    ckpt.save(state, url, step=1, options=OPTIONS)
+    ckpt.save(state, url, step=1, options=PATIENT)
     if dist.get_rank() == 1:
         ckpt.engine.load.read_together = lambda *_a, **_k: os.kill(os.getpid(), signal.SIGKILL)  # type: ignore[assignment]
     return outcome_of(lambda: ckpt.load(state, url, options=OPTIONS))
@@ -134,10 +131,35 @@ def die_in_load(url: str) -> Outcome:
 # Stores that fail
 
 
+def store_hiccup_in_steady_state(url: str, script: str, methods: list[str]) -> list[Outcome]:
+    """Steps 1 to 3 in one session, the store failing for rank 1 in step 2 only."""
+    state = state_of(1)
+    faulty: list[FaultyStore] = []
+    plain = ckpt.api.open_store
+    if dist.get_rank() == 1:
+
+        def open_faulty(*args: Any, **kwargs: Any) -> FaultyStore:
+            faulty.append(FaultyStore(plain(*args, **kwargs), "", methods=frozenset(methods)))
+            return faulty[0]
+
+        ckpt.api.open_store = open_faulty  # type: ignore[assignment]
+    with ckpt.Checkpointer(url, every=1, background=False, options=OPTIONS) as run:
+        run.step(1, state)
+        if faulty:
+            faulty[0]._script = parse_script(script)
+        change_to(state, 2)
+        second = outcome_of(lambda: run.step(2, state))
+        if faulty:
+            faulty[0]._script = []
+        change_to(state, 3)
+        dist.barrier()
+        return [second, outcome_of(lambda: run.step(3, state))]
+
+
 def scripted_second_save(url: str, script_of: dict[int, tuple[str, list[str]]], mode: str) -> Outcome:
     """Save step 1, then step 2 on a store that follows a script on some ranks."""
     state = state_of(1)
-    ckpt.save(state, url, step=1, options=OPTIONS)
+    ckpt.save(state, url, step=1, options=PATIENT)
     change_to(state, 2)
     dist.barrier()
     plain = ckpt.api.open_store
@@ -158,7 +180,7 @@ def _wait(pending: Any) -> None:
 def file_too_large_on_rank_1(url: str) -> Outcome:
     """The kernel refuses the write that would go over the limit: a full disk as the process sees it."""
     state = state_of(1)
-    ckpt.save(state, url, step=1, options=OPTIONS)
+    ckpt.save(state, url, step=1, options=PATIENT)
     change_to(state, 2)
     dist.barrier()
     limit = resource.getrlimit(resource.RLIMIT_FSIZE)
@@ -174,7 +196,7 @@ def file_too_large_on_rank_1(url: str) -> Outcome:
 def nobody_may_write(url: str) -> Outcome:
     """The folder is not ours. As root that takes another user; the folder is given up by whoever owns it otherwise."""
     state = state_of(1)
-    ckpt.save(state, url, step=1, options=OPTIONS)
+    ckpt.save(state, url, step=1, options=PATIENT)
     change_to(state, 2)
     dist.barrier()
     if os.geteuid() == 0:
@@ -191,9 +213,9 @@ def nobody_may_write(url: str) -> Outcome:
         os.chmod(url, 0o755)
 
 
-def save_one(url: str, step: int) -> Outcome:
-    """Save one step; for a store that the test process stops in between."""
-    return outcome_of(lambda: _save(state_of(step), url, step, "sync"))
+def save_one(url: str, step: int, short: bool) -> Outcome:
+    """Save one step; for a server that the test process stops in between. `short`: give up on requests soon."""
+    return outcome_of(lambda: ckpt.save(state_of(step), url, step=step, options=SHORT_REQUESTS if short else PATIENT))
 
 
 def check(checkpoint: Any, step: int) -> None:
