@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence, Set
 from dataclasses import dataclass
 from typing import Any
 
@@ -94,7 +94,7 @@ def load_state(
     error = None
     try:
         pieces = _wanted_pieces(aim.local, match.ids)
-        objects = {name: _object_rows(stored, name) for name in aim.wants_objects if name not in match.missing_objects}
+        objects = _object_rows(stored, set(aim.wants_objects) - set(match.missing_objects))
         aim.check(objects, saved)
     except CheckpointError as problem:
         error = problem
@@ -222,22 +222,23 @@ def _wanted_pieces(local: LocalState, ids: Sequence[int]) -> PieceTable:
     return subset_pieces(local.pieces, keep, tensor[keep])
 
 
-def _object_rows(stored: StoredCheckpoint, name: str) -> list[StoredObjectRow]:
-    """All ranks' rows of one object; equal payloads are read once."""
-    payloads: dict[str, bytes] = {}
-    out = []
+def _object_rows(stored: StoredCheckpoint, wanted: Set[str]) -> dict[str, list[StoredObjectRow]]:
+    """All ranks' rows of the wanted objects; equal payloads of one object are read once."""
+    payloads: dict[tuple[str, str], bytes] = {}
+    out: dict[str, list[StoredObjectRow]] = {name: [] for name in sorted(wanted)}
     for row in stored.objects:
-        if row.name != name:
+        if row.name not in out:
             continue
-        if row.digest not in payloads:
-            payloads[row.digest] = stored.read_object(row)
-        out.append(
+        key = (row.name, row.digest)
+        if key not in payloads:
+            payloads[key] = stored.read_object(row)
+        out[row.name].append(
             StoredObjectRow(
                 rank=row.rank,
                 dp_rank=row.dp_rank,
                 dp_size=row.dp_size,
                 kind=row.kind,  # type: ignore[arg-type]
-                payload=payloads[row.digest],
+                payload=payloads[key],
             )
         )
     return out

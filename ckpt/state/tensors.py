@@ -8,7 +8,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import torch
 from torch import nn
@@ -36,9 +36,8 @@ class MeshPlacement:
     placements: tuple[where.DimPlacement, ...]
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Located:
-    """A local tensor and what it holds of a global one."""
+class Located(NamedTuple):
+    """A local tensor and what it holds of a global one. A tuple, as there is one per tensor and walk."""
 
     shape: tuple[int, ...]  # global, elements
     placed: tuple[Placed, ...]  # boxes and where they start in `memory`; none: this rank holds no element
@@ -57,9 +56,8 @@ class Located:
         return tuple(self.memory.shape)
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Part:
-    """A named tensor of the state as this rank holds it."""
+class Part(NamedTuple):
+    """A named tensor of the state as this rank holds it. A tuple, as there is one per tensor and walk."""
 
     spec: TensorSpec
     located: Located
@@ -118,7 +116,7 @@ def part(name: str, role: str, located: Located, *, source: str, aliases: Sequen
     if not located.is_checked:
         _check_inside(name, located)
     spec = _spec(name, role, dtype_name(located.memory.dtype, tensor=name), located.shape, tuple(aliases))
-    return Part(spec=spec, located=located, source=source)
+    return Part(spec, located, source)
 
 
 @functools.lru_cache(maxsize=131072)
@@ -131,7 +129,7 @@ def locate_plain(name: str, tensor: torch.Tensor) -> Located:
     """A tensor that is the whole of itself on every rank that holds it."""
     memory = plain_memory(name, tensor)
     shape = tuple(memory.shape)
-    return Located(shape=shape, placed=_placed_whole(shape), memory=memory, is_checked=True)
+    return Located(shape, _placed_whole(shape), memory, None, True)
 
 
 class DTensorPlaces:
@@ -139,14 +137,14 @@ class DTensorPlaces:
 
     def __init__(self) -> None:
         self._grids: dict[tuple[object, ...], _Grid] = {}
+        self._last: _Grid | None = None  # most tensors lie as the one before them, and that is told without a hash
 
     def locate(self, name: str, tensor: DTensor) -> Located:
         """A DTensor's place: its boxes follow from its mesh and placements."""
         mesh, placements = tensor.device_mesh, tensor.placements
-        same = (id(mesh), placements, *map(type, placements))  # in some torches a strided Shard equals a plain one
-        grid = self._grids.get(same)
-        if grid is None:
-            grid = self._grids[same] = _grid(name, mesh, placements)
+        grid = self._last
+        if grid is None or grid.mesh is not mesh or not grid.has(placements):
+            grid = self._last = self._find(name, mesh, placements)
         memory, shape = plain_memory(name, tensor.to_local()), tuple(tensor.shape)
         if grid.coordinate is None:
             return Located(shape=shape, placed=(), memory=memory, is_checked=True)
@@ -154,7 +152,14 @@ class DTensorPlaces:
         found = grid.placed.get(key)
         if found is None:
             found = grid.placed[key] = _grid_placed(name, grid, *key)
-        return Located(shape=shape, placed=found, memory=memory, on=grid.on, is_checked=True)
+        return Located(shape, found, memory, grid.on, True)
+
+    def _find(self, name: str, mesh: DeviceMesh, placements: tuple[object, ...]) -> _Grid:
+        same = (id(mesh), placements, *map(type, placements))
+        grid = self._grids.get(same)
+        if grid is None:
+            grid = self._grids[same] = _grid(name, mesh, placements)
+        return grid
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -162,22 +167,28 @@ class _Grid:
     """Meshes and placements that many DTensors share."""
 
     mesh: DeviceMesh  # kept, so that its id stays its own
+    placements: tuple[object, ...]  # torch's
+    kinds: list[type]  # of those: in some torches a strided Shard equals a plain one
     coordinate: tuple[int, ...] | None  # None: this rank is not in the mesh
     on: MeshPlacement
     placed: dict[tuple[tuple[int, ...], tuple[int, ...]], tuple[Placed, ...]] = field(default_factory=dict)
 
+    def has(self, placements: tuple[object, ...]) -> bool:
+        """Whether these are its placements."""
+        return placements == self.placements and list(map(type, placements)) == self.kinds
 
-def _grid(name: str, mesh: DeviceMesh, placements: Sequence[object]) -> _Grid:
-    coordinate, mesh_shape = mesh.get_coordinate(), tuple(mesh.shape)
+
+def _grid(name: str, mesh: DeviceMesh, placements: tuple[object, ...]) -> _Grid:
+    coordinate, mesh_shape, kinds = mesh.get_coordinate(), tuple(mesh.shape), list(map(type, placements))
     if coordinate is None:  # then nothing is said of the placements, not even that they are known
         on = MeshPlacement(axes=(), mesh_shape=mesh_shape, placements=())
-        return _Grid(mesh=mesh, coordinate=None, on=on)
+        return _Grid(mesh=mesh, placements=placements, kinds=kinds, coordinate=None, on=on)
     on = MeshPlacement(
         axes=mesh.mesh_dim_names or ("",) * len(mesh_shape),
         mesh_shape=mesh_shape,
         placements=tuple(_placement(name, item) for item in placements),
     )
-    return _Grid(mesh=mesh, coordinate=tuple(coordinate), on=on)
+    return _Grid(mesh=mesh, placements=placements, kinds=kinds, coordinate=tuple(coordinate), on=on)
 
 
 def _grid_placed(name: str, grid: _Grid, shape: tuple[int, ...], local_shape: tuple[int, ...]) -> tuple[Placed, ...]:
