@@ -130,11 +130,11 @@ def test_server_that_stops_answering(tmp_path: Path) -> None:
             assert _errors(first) == [("", ""), ("", "")]
             os.kill(server.process.pid, signal.SIGSTOP)
             try:
-                told = group.call("tests.workers.crashing:save_one", url, 2, True, timeout_s=_WAIT_S)
+                told = group.call("tests.workers.crashing:save_one", url, 2, True, timeout_s=90.0)
             finally:
                 os.kill(server.process.pid, signal.SIGCONT)
         assert {one["error"] for one in told} <= {"StoreError", "RankFailedError"}, told
         assert ("StoreError", "unreachable") in _errors(told), told
-        assert max(one["seconds"] for one in told) < 40.0
+        assert max(one["seconds"] for one in told) < 60.0
         check_run(url, [1], server.storage_options)
         save_again(url, 2, server.storage_options)

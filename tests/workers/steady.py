@@ -15,32 +15,38 @@ import torch
 import torch.distributed as dist
 import torch.distributed.distributed_c10d as c10d
 from torch import nn
+from torch._C._distributed_c10d import Backend
 
 import ckpt
-from ckpt.engine.torch_world import TorchWorld
 from ckpt.errors import CheckpointError, RankFailedError, SaveFailedError
 from ckpt.failpoints import FailpointError
 from tests.workers import layouts
 from tests.workers.refusals import OPTIONS, Block, caught, sharded, values
 
-_COLLECTIVES = (
+_FUNCTIONS = (
     "all_gather", "all_gather_into_tensor", "all_gather_object", "all_reduce", "all_to_all", "all_to_all_single",
     "barrier", "broadcast", "broadcast_object_list", "gather", "gather_object", "irecv", "isend", "monitored_barrier",
     "new_group", "recv", "reduce", "reduce_scatter", "reduce_scatter_tensor", "scatter", "scatter_object_list", "send",
+    "ProcessGroupGloo",
+)  # fmt: skip
+_METHODS = (
+    "_allgather_base", "_reduce_scatter_base", "allgather", "allgather_coalesced", "allreduce", "allreduce_coalesced",
+    "alltoall", "alltoall_base", "barrier", "broadcast", "gather", "monitored_barrier", "recv", "recv_anysource", "reduce",
+    "reduce_scatter", "scatter", "send",
 )  # fmt: skip
 
 
 @contextmanager
 def counted() -> Iterator[Callable[[], list[str]]]:
-    """Every collective on any group while this is open: the calls by name, and each group whose counter moved.
+    """Every collective on any group while this is open: functions, methods of groups, and groups whose counter moved.
 
-    The counters are the backend's own, so what C++ starts is seen, too.
+    The counters are the backend's own, so what C++ starts on a group that torch knows is seen, too.
     """
     calls: list[str] = []
-    before = {name: number for name, number in _sequence_numbers()}
-    saved = {(module, name): getattr(module, name) for module in (dist, c10d) for name in _COLLECTIVES}
-    own = ("all_gather", "all_to_all", "_own_group")  # on a group of ckpt's own, which torch's list does not have
-    saved |= {(TorchWorld, name): getattr(TorchWorld, name) for name in own}
+    before = dict(_sequence_numbers())
+    places = [(module, name) for module in (dist, c10d) for name in _FUNCTIONS]
+    places += [(owner, name) for owner in (dist.ProcessGroup, Backend) for name in _METHODS if name in vars(owner)]
+    saved = [(owner, name, vars(owner)[name]) for owner, name in places]  # what is put back must still bind to `self`
 
     def spy(name: str, original: Any) -> Any:
         def call(*args: Any, **kwargs: Any) -> Any:
@@ -53,13 +59,13 @@ def counted() -> Iterator[Callable[[], list[str]]]:
         after = dict(_sequence_numbers())
         return calls + [f"group {name}" for name in sorted(after) if after[name] != before.get(name)]
 
-    for (module, name), original in saved.items():
-        setattr(module, name, spy(name, original))
+    for owner, name in places:
+        setattr(owner, name, spy(name, getattr(owner, name)))
     try:
         yield found
     finally:
-        for (module, name), original in saved.items():
-            setattr(module, name, original)
+        for owner, name, original in saved:
+            setattr(owner, name, original)
 
 
 def _sequence_numbers() -> list[tuple[str, int]]:
