@@ -25,6 +25,7 @@ from ckpt.format.spec import LocalState, PieceTable, TensorSpec
 from ckpt.layout.layout import Layout
 from ckpt.plan.read import subset_pieces
 from ckpt.state import LoadTarget, SavedWorld, StoredObjectRow, target
+from ckpt.state.memory import collector_paused
 
 Rename = Mapping[str, str] | Callable[[str], str] | None
 
@@ -81,9 +82,10 @@ def load_state(
     error: CheckpointError | None = None
     prepared: tuple[LoadTarget, _Match, list[TensorSpec]] | None = None
     try:
-        specs = _renamed(stored.specs, rename)
-        aim = target(state, specs, rank=world.rank, world=world.size, layout=layout)
-        prepared = (aim, _match(aim, specs, stored, strict=strict), specs)
+        with collector_paused():
+            specs = _renamed(stored.specs, rename)
+            aim = target(state, specs, rank=world.rank, world=world.size, layout=layout)
+            prepared = (aim, _match(aim, specs, stored, strict=strict), specs)
     except CheckpointError as problem:
         error = problem
     extra, missing = _agree(world, prepared, state, error, strict=strict)

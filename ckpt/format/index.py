@@ -285,20 +285,21 @@ def unpack_tensors(
     parquet = _open(file, _TENSOR_FIELDS, num_rows, name)
     table = _read(parquet, range(parquet.num_row_groups), _TENSOR_FIELDS, name)
     with _damage(name):
-        columns = {key: table[key].to_pylist() for key in ("name", "role", "dtype", "shape", "aliases", "nbytes")}
+        columns = [_values(table[key]) for key in ("name", "role", "dtype", "shape", "aliases")]
+        sizes = _values(table["nbytes"])
     try:
         specs = [
             TensorSpec(name=n, role=r, dtype=d, shape=_checked_shape(s), aliases=tuple(a))
-            for n, r, d, s, a in zip(*list(columns.values())[:5], strict=True)
+            for n, r, d, s, a in zip(*columns, strict=True)
         ]
     except CheckpointError as error:
         raise DamagedError(f"`{name}` is damaged: {error.message}") from error
     names = [spec.name for spec in specs]
-    if names != sorted(set(names)) or table["id"].to_pylist() != list(range(len(specs))):
+    if names != sorted(set(names)) or _values(table["id"]) != list(range(len(specs))):
         raise DamagedError(
             f"`{name}` is damaged: its names are not sorted and distinct, or its ids are not their places"
         )
-    if [spec.nbytes for spec in specs] != columns["nbytes"] or sum(columns["nbytes"]) >= TENSOR_BYTES_MAX:
+    if [spec.nbytes for spec in specs] != sizes or sum(sizes) >= TENSOR_BYTES_MAX:
         raise DamagedError(f"`{name}` is damaged: the sizes of its tensors are not those of their shapes, or cannot be")
     counts: Int64Array = table["num_fragments"].to_numpy()
     if ((counts < 0) | (counts > INDEX_ROWS_MAX)).any():
@@ -306,6 +307,20 @@ def unpack_tensors(
             f"`{name}` is damaged: a tensor cannot have {int(counts.max())} or {int(counts.min())} fragments"
         )
     return specs, counts
+
+
+def _values(column: pa.ChunkedArray) -> list[Any]:
+    """A column without nulls as Python values, through NumPy: `to_pylist` makes an Arrow object of each one first."""
+    out: list[Any] = []
+    for chunk in column.chunks:
+        if not pa.types.is_list(chunk.type):
+            out += chunk.to_numpy(zero_copy_only=False).tolist()
+            continue
+        flat = chunk.flatten().to_numpy(zero_copy_only=False).tolist()
+        edges = chunk.offsets.to_numpy().astype(np.int64)
+        edges = (edges - edges[:1]).tolist()
+        out += [flat[start:stop] for start, stop in zip(edges, edges[1:], strict=False)]
+    return out
 
 
 def _checked_shape(shape: Sequence[int]) -> tuple[int, ...]:
