@@ -133,7 +133,7 @@ def read_table(folder: Path, record: dict[str, Any], name: str) -> list[dict[str
     data = (folder / name).read_bytes()
     check(len(data) == record["nbytes"] and sha256(data) == record["digest"], f"{name} is damaged")
     check(blocks(data, record["block_bytes"]) == record["crc32c"], f"the checksums of {name} are wrong")
-    return pq.read_table(folder / name).to_pylist()
+    return pq.ParquetFile(folder / name, pre_buffer=False).read(use_threads=False).to_pylist()
 
 
 # --------------------------------------------------------------------------------------------------------------- objects
