@@ -52,6 +52,7 @@ class _Match:
     """Target tensors against stored tensors."""
 
     ids: list[int]  # per target tensor the stored id, -1 where there is none
+    same: list[int]  # stored ids of other names of target tensors: a tied weight that was saved untied
     missing: list[str]
     reshaped: list[str]
     missing_objects: list[str]
@@ -138,6 +139,7 @@ def _match(aim: LoadTarget, specs: Sequence[TensorSpec], stored: StoredCheckpoin
     ids = ids_of(specs)
     found: list[int] = []
     missing, reshaped = [], []
+    same = [ids[alias] for spec in aim.local.specs for alias in spec.aliases if alias in ids]
     for spec in aim.local.specs:
         i = next((ids[name] for name in (spec.name, *spec.aliases) if name in ids), -1)
         found.append(i)
@@ -150,7 +152,7 @@ def _match(aim: LoadTarget, specs: Sequence[TensorSpec], stored: StoredCheckpoin
             )
     names = {row.name for row in stored.objects}
     missing_objects = [name for name in aim.wants_objects if name not in names]
-    return _Match(ids=found, missing=missing, reshaped=reshaped, missing_objects=missing_objects)
+    return _Match(ids=found, same=same, missing=missing, reshaped=reshaped, missing_objects=missing_objects)
 
 
 def _agree(
@@ -166,7 +168,7 @@ def _agree(
     wanted = np.empty(0, np.int32)
     if prepared is not None:
         match = prepared[1]
-        wanted = np.unique(np.array([i for i in match.ids if i >= 0], np.int32))
+        wanted = np.unique(np.array([i for i in (*match.ids, *match.same) if i >= 0], np.int32))
         report |= {"missing": match.missing, "reshaped": match.reshaped, "objects": match.missing_objects}
     text = json.dumps(report).encode()
     head = np.array([len(text)], np.int64).view(np.uint8)

@@ -122,12 +122,14 @@ def _meet(units: BoxTable, specs: Sequence[TensorSpec], boxes: BoxTable) -> tupl
 
 
 def _readers(unit: Int64Array, wanter: Int64Array, order_key: Int64Array) -> Int64Array:
-    """[N] of each row the rank that reads its unit: one of the unit's wanters, spread by a hash of its position."""
+    """[N] of each row the rank that reads its unit: one of the unit's wanters, spread by a hash of its region."""
     pairs, inverse = np.unique(np.stack([unit, wanter], axis=1), axis=0, return_inverse=True)
     del inverse
     starts = np.flatnonzero(np.append(True, pairs[1:, 0] != pairs[:-1, 0])) if len(pairs) else np.empty(0, np.int64)
     counts = np.diff(np.append(starts, len(pairs)))
-    keys = mix(order_key[pairs[starts, 0]].astype(np.uint64)) if len(pairs) else np.empty(0, np.uint64)
+    # Neighbours in the checkpoint go to one reader, so that what it reads is few long ranges without other ranks' units between.
+    region = order_key[pairs[starts, 0]] // UNIT_BYTES if len(pairs) else starts
+    keys = mix(region.astype(np.uint64))
     chosen = (
         pairs[starts + (keys % np.maximum(counts, 1).astype(np.uint64)).astype(np.int64), 1] if len(pairs) else starts
     )
