@@ -29,6 +29,8 @@ from ckpt.plan.cover import not_in_order
 from ckpt.plan.read import ReadPlan, plan_read, uncovered
 from ckpt.store.base import Store
 
+ROOM_BYTES_FREE = 16 << 20  # so much memory is taken on the word of an index alone
+
 
 class StoredCheckpoint:
     """A complete checkpoint. `step` and `manifest` are known; the index is read when it is first needed."""
@@ -132,6 +134,21 @@ class StoredCheckpoint:
             name = self.specs[int(table.boxes.tensor[np.argmax(bad)])].name
             raise DamagedError(
                 f"the index of step {self.step} is damaged: a fragment of `{name}` lies outside its image"
+            )
+
+    def check_room(self, nbytes: int) -> None:
+        """Before memory for `nbytes` of one tensor is taken: that the images really hold so much. DamagedError when not."""
+        held = 0
+        for key, writer in zip(self.image_keys, self.manifest.writers, strict=True):
+            if nbytes <= max(held, ROOM_BYTES_FREE):
+                return
+            try:
+                held += min(self.store.size(key), writer.nbytes)
+            except NotFoundError as error:
+                raise DamagedError(f"`{key}` is missing from a complete checkpoint", kind="missing-file") from error
+        if nbytes > max(held, ROOM_BYTES_FREE):
+            raise DamagedError(
+                f"step {self.step} is damaged: it claims {nbytes} bytes of a tensor in images of {held} bytes"
             )
 
     def plan(self, fragments: index.FragmentTable, pieces: PieceTable) -> ReadPlan:

@@ -5,6 +5,7 @@ In: a stored checkpoint and an index expression. Out: torch tensors. Needs no pr
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping
 from types import EllipsisType
 from typing import Any
@@ -47,6 +48,7 @@ class TensorView:
 
     def __getitem__(self, index: Index) -> torch.Tensor:
         starts, lengths, local = _resolve(index, self.spec)
+        self._stored.check_room(math.prod(lengths) * self.spec.itemsize)
         out = torch.empty(lengths, dtype=self.dtype)
         if out.numel():
             self._stored.read_pieces(_piece(self._id, starts, out))

@@ -1,4 +1,7 @@
-"""Goal: every checkpoint that any version ever wrote is read, bit by bit. Method: the files in tests/data/golden; see make_golden.py."""
+"""Goal: every checkpoint that any version ever wrote is read, bit by bit.
+
+Method: the files in tests/data/golden, and beside them what must be read; make_golden.py says what they hold.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""Goal: the format's page is enough to read any checkpoint. Method: compare a reader made from it with `ckpt.open`, bit by bit."""
+"""Goal: the format's page is enough to read any checkpoint.
+
+Method: compare a reader made from it with `ckpt.open`, bit by bit, on checkpoints of one rank and of real ranks.
+"""
 
 from __future__ import annotations
 

@@ -452,3 +452,17 @@ def test_no_damage_of_a_footer_with_statistics_ends_the_process(files: Files) ->
             except DamagedError:
                 outcomes.add("refused")
     assert outcomes == {"read", "refused"}
+
+
+def test_a_tensor_larger_than_all_images_is_refused_before_memory_is_taken(files: Files) -> None:
+    rows = table_of(files, "tensors.parquet").to_pylist()
+    for length in (1 << 58, 1 << 34):
+        huge = {**rows[0], "shape": [length], "nbytes": 4 * length}
+        table = pa.Table.from_pylist([huge, rows[1]], schema=table_of(files, "tensors.parquet").schema)
+        refused(with_file(files, "tensors.parquet", parquet(table)), "in images of")
+        no_fragments = with_file(
+            files, "tensors.parquet", parquet(table.set_column(7, "num_fragments", pa.array([0, 1])))
+        )
+        only = table_of(files, "fragments.parquet").slice(1)
+        changed = with_file(no_fragments, "fragments.parquet", parquet(only))
+        refused(with_manifest(changed, put("num_fragments", 1)), "in images of")

@@ -5,8 +5,8 @@ beside it, what must be read from it: `expected.npz` with the bytes of each tens
 both from the values that were saved and not from a read. Golden files are added with a new version and never written again; run
 this only for a version that has not been released.
 
-alone      one rank: every dtype as matrix, 0-d, without elements and of one element; NaN payloads, -0, denormals; objects with every
-           tag of docs/reference/objects.md; metrics that are no numbers; metadata
+alone      one rank: every dtype as matrix, 0-d, without elements and of one element; NaN payloads, -0, denormals; objects
+           with every tag of docs/reference/objects.md; metrics that are no numbers; metadata
 two-ranks  two writers: uneven and two-dim boxes, a flat range that starts in the middle of a row, a rank that holds nothing of a
            tensor, a tied weight, a buffer, one random stream per rank, optimizer state
 """
