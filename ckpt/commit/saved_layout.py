@@ -31,14 +31,13 @@ def saved_layout(described: Sequence[dict[str, Any] | None], specs: Sequence[Ten
         return None
     holders: dict[str, set[int]] = {}
     cuts: dict[str, tuple[ShardStep, ...]] = {}
-    for rank, one in enumerate(described):
-        assert one is not None
-        for steps, names in one["cuts"]:
+    for said, ranks in _distinct([one["cuts"] for one in described if one is not None]):
+        for steps, names in said:
             where = tuple(ShardStep(axis=axis, dim=dim) for axis, dim in steps)
             for name in names:
                 if cuts.setdefault(name, where) != where:
                     return None
-                holders.setdefault(name, set()).add(rank)
+                holders.setdefault(name, set()).update(ranks)
     stages = len(described) // block
     outer = "pp" if any(len(ranks) < len(described) for ranks in holders.values()) else "replica"
     if stages > 1:
@@ -54,3 +53,16 @@ def saved_layout(described: Sequence[dict[str, Any] | None], specs: Sequence[Ten
         return to_document(layout_of_tensors(Mesh(axes=tuple(pairs)), known))
     except InvalidInputError:
         return None
+
+
+def _distinct(said: Sequence[Any]) -> list[tuple[Any, list[int]]]:
+    """What ranks said, once, with the ranks that said it: a thousand ranks of one mesh say the same."""
+    out: list[tuple[Any, list[int]]] = []
+    for rank, one in enumerate(said):
+        for other, ranks in reversed(out):
+            if other == one:
+                ranks.append(rank)
+                break
+        else:
+            out.append((one, [rank]))
+    return out

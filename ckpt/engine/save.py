@@ -40,6 +40,7 @@ from ckpt.kernels import crc32c
 from ckpt.layout.box import BoxTable, Int64Array
 from ckpt.plan.records import box_keys, make_records, mix
 from ckpt.plan.save import plan_save, rows_of_rank
+from ckpt.state.memory import collector_paused
 from ckpt.store.base import Store
 
 PROGRAM = "ckpt 0.1.0"
@@ -159,6 +160,7 @@ class SaveSession:
 
     # planning
 
+    @collector_paused()
     def _prepare(self, local: LocalState, request: Request, error: BaseException | None) -> Attempt:
         start = time.perf_counter()
         planned = self._planned
@@ -387,11 +389,12 @@ class SaveSession:
             options=self._options,
         )
         attempt.seconds["receipts"] = time.perf_counter() - start
-        found = [receipt.unpack(payloads[rank], name=f"rank {rank}") for rank in range(self._world.size)]
-        request = attempt.request
-        assembled = self._assembler.assemble(
-            found, metadata=request.metadata, metrics=request.metrics, layout=request.layout
-        )
+        with collector_paused():
+            found = [receipt.unpack(payloads[rank], name=f"rank {rank}") for rank in range(self._world.size)]
+            request = attempt.request
+            assembled = self._assembler.assemble(
+                found, metadata=request.metadata, metrics=request.metrics, layout=request.layout
+            )
         for name, data in assembled.files.items():
             failpoints.hit("save.before-index")
             self._store.put(f"{names.attempt_folder(step, attempt.id)}/{name}", data)
