@@ -144,7 +144,8 @@ class SaveSession:
             failpoints.hit("save.before-image")
             self._write_image(attempt)  # 1. this rank's image is durable
             attempt.seconds["write"] = time.perf_counter() - start
-            payload = receipt.pack(self._receipt(attempt))
+            with collector_paused():
+                payload = receipt.pack(self._receipt(attempt))
             receipts_of.leave_receipt(self._store, step, attempt.id, self._world.rank, self._world.size, payload)  # 2.
             if self._world.rank == 0:
                 changed = self._commit(attempt)  # 3. index durable, 4. manifest created
@@ -176,7 +177,8 @@ class SaveSession:
         with self._telling_others(request.step):
             if error is not None:
                 raise error
-            return self._attempt(local, request, planned, start)
+            with collector_paused():
+                return self._attempt(local, request, planned, start)
 
     def _attempt(self, local: LocalState, request: Request, planned: _Planned, start: float) -> Attempt:
         changed = planned.structure != self._digests.structure(local)
@@ -214,7 +216,8 @@ class SaveSession:
         records = None
         if error is None:
             try:
-                records = make_records(local.specs, local.pieces.boxes)
+                with collector_paused():
+                    records = make_records(local.specs, local.pieces.boxes)
             except CheckpointError as problem:
                 error = problem
         agreement = agree(self._world, step=request.step, target=self._store.url, records=records, error=error)
@@ -389,9 +392,9 @@ class SaveSession:
             options=self._options,
         )
         attempt.seconds["receipts"] = time.perf_counter() - start
+        request = attempt.request
         with collector_paused():
             found = [receipt.unpack(payloads[rank], name=f"rank {rank}") for rank in range(self._world.size)]
-            request = attempt.request
             assembled = self._assembler.assemble(
                 found, metadata=request.metadata, metrics=request.metrics, layout=request.layout
             )

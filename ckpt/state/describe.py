@@ -17,7 +17,8 @@ def describe_parts(parts: Sequence[Part]) -> dict[str, Any] | None:
 
     Axes are those of the largest mesh among the parts, in its order; a whole tensor has no cuts.
     """
-    meshes = {part.located.on for part in parts if part.located.on is not None}
+    distinct = {id(part.located.on): part.located.on for part in parts}  # thousands of parts share a few
+    meshes = {on for on in distinct.values() if on is not None}
     axes: list[tuple[str, int]] = []
     for mesh in sorted(meshes, key=lambda m: len(m.mesh_shape)):
         named = list(zip(_names(mesh), mesh.mesh_shape, strict=True))
@@ -25,8 +26,15 @@ def describe_parts(parts: Sequence[Part]) -> dict[str, Any] | None:
             return None  # meshes that are not parts of one mesh
         axes = named
     cuts: dict[tuple[tuple[str, int], ...], list[str]] = {}
+    known: dict[tuple[int, int], tuple[tuple[str, int], ...] | None] = {}
     for part in parts:
-        steps = _steps(part)
+        on, num_dims = part.located.on, len(part.spec.shape)
+        if on is None:
+            steps = _steps(part)
+        else:
+            if (id(on), num_dims) not in known:
+                known[id(on), num_dims] = _steps(part)
+            steps = known[id(on), num_dims]
         if steps is None:
             return None
         cuts.setdefault(steps, []).append(part.spec.name)
