@@ -6,9 +6,10 @@ through the same code as `ckpt.load`, into bytes that can be compared.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -151,3 +152,22 @@ def with_file(files: Files, name: str, data: bytes) -> Files:
     record = vars(index.file_record(name, data))
     changed = {**files, f"{folder}/{name}": data}
     return with_manifest(changed, lambda document: document.update({name.removesuffix(".parquet"): record}))
+
+
+@contextlib.contextmanager
+def memory_growth_at_most(nbytes: int) -> Iterator[None]:
+    """Fail when this process needs more than `nbytes` of memory beyond what it holds now, even for a moment.
+
+    The peak of the kernel, not `tracemalloc`: that one cannot see what Arrow takes, and CPython 3.11 crashes when it stops while a
+    thread of Arrow lets go of a Python file (`traceback_new` in _tracemalloc.c, seen in a core).
+    """
+    Path("/proc/self/clear_refs").write_text("5")  # resets the peak
+    before = _status_bytes("VmRSS")
+    yield
+    grown = _status_bytes("VmHWM") - before
+    assert grown <= nbytes, f"memory grew by {grown} bytes, at most {nbytes} are allowed"
+
+
+def _status_bytes(field: str) -> int:
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(f"{field}:"))
