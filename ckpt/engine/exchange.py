@@ -92,26 +92,10 @@ def _exchange(
     wanted = _all_boxes(world, pieces.boxes)
     transfers = plan_exchange(cut_units(fragments, specs), specs, wanted, round_bytes=round_bytes)
     involved = transfers.take((transfers.wanter == world.rank) | (transfers.reader == world.rank))
-    # What nobody else wants is read at once and without waiting for anyone; the rounds carry the rest.
-    mine = involved.take(involved.alone & (involved.wanter == world.rank))
-    total, error = _read(stored, fragments, pieces_of(mine, pieces), progress)
-    shared = involved.take(~involved.alone)
+    total = 0
     for number in range(num_rounds(specs, round_bytes)):
-        rows = shared.take(shared.round == number)
-        total += _round(stored, fragments, pieces, world, rows, error, progress)
+        total += _round(stored, fragments, pieces, world, involved.take(involved.round == number), progress)
     return total
-
-
-def _read(
-    stored: StoredCheckpoint, fragments: FragmentTable, pieces: PieceTable, progress: Progress | None
-) -> tuple[int, CheckpointError | None]:
-    """(bytes read, what went wrong). The error is kept for the next word between the ranks, so that nobody hangs."""
-    try:
-        plan = stored.plan(fragments, pieces)
-        run_reads(stored.job(fragments, pieces, plan), progress=progress)
-        return plan.read_nbytes, None
-    except CheckpointError as problem:
-        return 0, problem
 
 
 def _round(
@@ -120,19 +104,23 @@ def _round(
     pieces: PieceTable,
     world: World,
     rows: Transfers,
-    error: CheckpointError | None,
     progress: Progress | None,
 ) -> int:
-    """Read what this rank reads for others too, then swap. A rank that has failed still swaps, so that nobody hangs."""
+    """Read what this rank reads for anyone, then swap. A rank that fails still swaps, so that nobody hangs."""
     specs = stored.specs
     reads = rows.take(rows.reader == world.rank)
     own, others = reads.take(reads.wanter == world.rank), reads.take(reads.wanter != world.rank)
     sizes = nbytes_of(others.boxes, specs)
     send = np.empty(int(sizes.sum()), np.uint8)
+    error: CheckpointError | None = None
     nbytes = 0
-    if error is None:
-        joined = join_pieces([pieces_of(own, pieces), packed_pieces(others.boxes, specs, send.ctypes.data)])
-        nbytes, error = _read(stored, fragments, joined, progress)
+    try:
+        plan_pieces = join_pieces([pieces_of(own, pieces), packed_pieces(others.boxes, specs, send.ctypes.data)])
+        plan = stored.plan(fragments, plan_pieces)
+        run_reads(stored.job(fragments, plan_pieces, plan), progress=progress)
+        nbytes = plan.read_nbytes
+    except CheckpointError as problem:
+        error = problem
     edges = np.searchsorted(others.wanter, np.arange(world.size + 1))
     at = np.append(0, np.cumsum(sizes))[edges]
     mine = rows.take((rows.wanter == world.rank) & (rows.reader != world.rank))

@@ -35,7 +35,6 @@ class Transfers:
     reader: Int64Array  # [N]
     round: Int64Array  # [N] from 0 on
     piece: Int64Array  # [N] row of the wanter's boxes
-    alone: NDArray[np.bool_]  # [N] nobody else wants any of that unit
 
     def take(self, rows: NDArray[np.integer] | NDArray[np.bool_]) -> Transfers:
         return Transfers(
@@ -44,7 +43,6 @@ class Transfers:
             reader=self.reader[rows],
             round=self.round[rows],
             piece=self.piece[rows],
-            alone=self.alone[rows],
         )
 
 
@@ -87,9 +85,9 @@ def plan_exchange(
         offsets=np.concatenate([pad_dims(part[2].offsets, num_dims, 0) for part in parts]),
         lengths=np.concatenate([pad_dims(part[2].lengths, num_dims, 1) for part in parts]),
     )
-    reader, alone = _readers(unit, wanter, order_key)
+    reader = _readers(unit, wanter, order_key)
     rounds = order_key[unit] // round_bytes
-    out = Transfers(boxes=boxes, wanter=wanter, reader=reader, round=rounds, piece=piece, alone=alone)
+    out = Transfers(boxes=boxes, wanter=wanter, reader=reader, round=rounds, piece=piece)
     return out.take(np.lexsort((piece, order_key[unit], wanter, reader, rounds)))
 
 
@@ -123,7 +121,6 @@ def _meet(units: BoxTable, specs: Sequence[TensorSpec], boxes: BoxTable) -> tupl
     return unit[keep], row[keep], common
 
 
-<<<<<<< HEAD
 def _readers(unit: Int64Array, wanter: Int64Array, order_key: Int64Array) -> Int64Array:
     """[N] of each row the rank that reads its unit: one of the unit's wanters, spread by a hash of its region."""
     pairs, inverse = np.unique(np.stack([unit, wanter], axis=1), axis=0, return_inverse=True)
@@ -139,22 +136,6 @@ def _readers(unit: Int64Array, wanter: Int64Array, order_key: Int64Array) -> Int
     at = np.searchsorted(pairs[starts, 0], unit) if len(pairs) else unit
     out: Int64Array = chosen[at]
     return out
-=======
-def _readers(unit: Int64Array, wanter: Int64Array, order_key: Int64Array) -> tuple[Int64Array, NDArray[np.bool_]]:
-    """[N] of each row the rank that reads its unit: one of the unit's wanters, spread by a hash of its position.
-
-    And [N] whether that rank is the unit's only wanter.
-    """
-    if not len(unit):
-        return unit, np.zeros(0, bool)
-    pairs = np.unique(np.stack([unit, wanter], axis=1), axis=0)
-    starts = np.flatnonzero(np.append(True, pairs[1:, 0] != pairs[:-1, 0]))
-    counts = np.diff(np.append(starts, len(pairs)))
-    keys = mix(order_key[pairs[starts, 0]].astype(np.uint64))
-    chosen = pairs[starts + (keys % counts.astype(np.uint64)).astype(np.int64), 1]
-    at = np.searchsorted(pairs[starts, 0], unit)
-    return chosen[at], counts[at] == 1
->>>>>>> bench
 
 
 def nbytes_of(boxes: BoxTable, specs: Sequence[TensorSpec]) -> Int64Array:

@@ -158,8 +158,8 @@ def with_file(files: Files, name: str, data: bytes) -> Files:
 def memory_growth_at_most(nbytes: int) -> Iterator[None]:
     """Fail when this process needs more than `nbytes` of memory beyond what it holds now, even for a moment.
 
-    The peak of the kernel, not `tracemalloc`: that one cannot see what Arrow takes, and CPython 3.11 crashes when it stops while a
-    thread of Arrow lets go of a Python file (`traceback_new` in _tracemalloc.c, seen in a core).
+    The peak of the kernel, not `tracemalloc`: that one cannot see what Arrow takes, and CPython 3.11 crashes when it stops while
+    a thread of Arrow lets go of a Python file (`traceback_new` in _tracemalloc.c, seen in a core).
     """
     Path("/proc/self/clear_refs").write_text("5")  # resets the peak
     before = _status_bytes("VmRSS")
