@@ -1,1 +1,1 @@
-""""""
+"""Whether a checkpoint counts: receipts, publish, find, retention, garbage."""

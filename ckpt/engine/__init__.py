@@ -1,1 +1,1 @@
-""""""
+"""Carries plans out within limits: save, load, verify, reshard."""

@@ -1,1 +1,1 @@
-""""""
+"""Which bytes move: saves, reads, exchanges, reshards. Pure."""

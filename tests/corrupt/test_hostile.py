@@ -1,7 +1,7 @@
 """Goal: a checkpoint made to deceive is refused, for the right reason, without large allocations.
 
 Method: each case changes one thing in a valid checkpoint and makes every digest right again, so that nothing but the check in
-question can refuse it. `tracemalloc` and the sizes of reads watch the memory.
+question can refuse it. The kernel's peak of this process's memory and the sizes of reads watch the memory.
 """
 
 from __future__ import annotations
