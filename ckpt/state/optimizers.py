@@ -81,7 +81,7 @@ class OptimizerHolder:
         loaded: list[_Slots] = []
         for optimizer in self._optimizers:
             for param, group in self._local_params(optimizer):
-                slots = _Slots(param=param, state=_inner(optimizer).state)
+                slots = _Slots(param=param, state=inner_optimizer(optimizer).state)
                 wanted = below.get(id(param.tensor), {})
                 if wanted:
                     parts += self._wanted(slots, wanted, group)
@@ -168,7 +168,7 @@ class OptimizerHolder:
         return out
 
     def _states(self, optimizer: Optimizer) -> Iterator[tuple[Param, Mapping[str, Any]]]:
-        for tensor, state in _inner(optimizer).state.items():
+        for tensor, state in inner_optimizer(optimizer).state.items():
             if id(tensor) not in self._params:
                 what = (
                     f"parameter of shape {tuple(tensor.shape)}"
@@ -182,7 +182,7 @@ class OptimizerHolder:
                 yield self._params[id(tensor)], state
 
     def _local_params(self, optimizer: Optimizer) -> Iterator[tuple[Param, Mapping[str, Any]]]:
-        for group in _inner(optimizer).param_groups:
+        for group in inner_optimizer(optimizer).param_groups:
             for tensor in group["params"]:
                 yield self._params[id(tensor)], group
 
@@ -205,7 +205,7 @@ def _is_zero(optimizer: Optimizer) -> bool:
     return module is not None and isinstance(optimizer, module.ZeroRedundancyOptimizer)
 
 
-def _inner(optimizer: Optimizer) -> Optimizer:
+def inner_optimizer(optimizer: Optimizer) -> Optimizer:
     """The optimizer that has the state: of a ZeroRedundancyOptimizer the one of this rank's share of the parameters."""
     if not _is_zero(optimizer):
         return optimizer
@@ -250,4 +250,4 @@ def _install_action(slots: _Slots, values: Mapping[str, Any]) -> Action:
 
 
 def _sync_action(optimizer: Any) -> Action:
-    return lambda: optimizer._sync_param_groups(optimizer.param_groups, _inner(optimizer).param_groups)
+    return lambda: optimizer._sync_param_groups(optimizer.param_groups, inner_optimizer(optimizer).param_groups)

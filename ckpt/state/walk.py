@@ -44,7 +44,13 @@ class _Entry:
 
 
 def collect(
-    state: Mapping[str, Any], *, rank: int, world: int, layout: Layout | None = None, names: Named = ()
+    state: Mapping[str, Any],
+    *,
+    rank: int,
+    world: int,
+    layout: Layout | None = None,
+    names: Named = (),
+    stage_devices: bool = True,
 ) -> LocalState:
     """What this rank holds of the state, for a save.
 
@@ -54,6 +60,7 @@ def collect(
         world: number of processes that save.
         layout: says of plain tensors which part of a global tensor they are.
         names: names of parameters that optimizers hold and no module in the state has, as `module.named_parameters()`.
+        stage_devices: copy CUDA tensors to pinned host memory. False: give their memory on the device (`on_device`).
 
     Returns:
         Specs and objects sorted by name. Pieces point into the tensors' own host memory, or into pinned copies of those
@@ -61,7 +68,7 @@ def collect(
 
     Errors: InvalidInputError that names the key and what is wrong with it. Called on every rank; no communication.
     """
-    return Collector().collect(state, rank=rank, world=world, layout=layout, names=names)
+    return Collector().collect(state, rank=rank, world=world, layout=layout, names=names, stage_devices=stage_devices)
 
 
 class Collector:
@@ -76,7 +83,14 @@ class Collector:
         self._sources = SourceMemory()
 
     def collect(
-        self, state: Mapping[str, Any], *, rank: int, world: int, layout: Layout | None = None, names: Named = ()
+        self,
+        state: Mapping[str, Any],
+        *,
+        rank: int,
+        world: int,
+        layout: Layout | None = None,
+        names: Named = (),
+        stage_devices: bool = True,
     ) -> LocalState:
         """As the function `collect`."""
         with torch.no_grad(), collector_paused():
@@ -85,13 +99,15 @@ class Collector:
             specs = [part.spec for part in parts]
             if specs != self._specs:
                 self._specs = specs
-            memory = self._sources.of(parts)
+            memory = self._sources.of(parts, stage_devices=stage_devices)
         return LocalState(
             specs=self._specs,
             pieces=memory.pieces,
             objects=_sorted_objects([item for one in saved for item in one.objects]),
             keep_alive=memory.keep_alive,
             describe=lambda: describe_parts(parts),
+            storage_of_piece=memory.storage,
+            on_device=memory.on_device,
         )
 
 
