@@ -145,10 +145,20 @@ class Sources:
     limit: NDArray[np.uint64]  # [K]
     strides: Int64Array  # [K, D]
     target_strides: Int64Array  # [K, D]
+    storage: NDArray[np.uint64]  # [K] where the block of memory begins that the part lies in; 0 where nobody knows
 
 
-def bind(program: PackProgram, pieces: PieceTable, last: Sources | None = None) -> Sources:
-    """The sources of `program` in `pieces`; `last` itself when both are the very objects that it was made of."""
+def bind(
+    program: PackProgram,
+    pieces: PieceTable,
+    storage: NDArray[np.uint64] | None = None,
+    last: Sources | None = None,
+) -> Sources:
+    """The sources of `program` in `pieces`; `last` itself when both are the very objects that it was made of.
+
+    Args:
+        storage: [N] where the block of memory begins that piece i lies in.
+    """
     if last is not None and last.program is program and last.pieces is pieces:
         return last
     strides = pieces.strides[program.piece]
@@ -159,6 +169,7 @@ def bind(program: PackProgram, pieces: PieceTable, last: Sources | None = None) 
         limit=pieces.limit[program.piece],
         strides=strides,
         target_strides=contiguous_strides(program.lengths, program.itemsize),
+        storage=np.zeros(len(program.piece), np.uint64) if storage is None else storage[program.piece],
     )
 
 

@@ -54,7 +54,7 @@ class Staging:
         """True when no fence needs to hold for this any more."""
         return bool((self._state == _DONE).all()) and self._devices.finished
 
-    def begin(self, guarded: Sequence[fence.Ends], keep_alive: tuple[object, ...]) -> None:
+    def begin(self, guarded: Sequence[fence.Storages], keep_alive: tuple[object, ...]) -> None:
         """Copy what nobody guards; start the copies from devices; put the fences up for the rest.
 
         Args:
@@ -63,8 +63,8 @@ class Staging:
         """
         program, packer = self._program, self._packer
         on_device = self._devices.start(packer, self._image)
-        ends = np.concatenate(guarded) if guarded else np.empty(0, np.uint64)
-        self._late = np.isin(packer.sources.limit, ends) & ~on_device
+        fenced = np.concatenate(guarded) if guarded else np.empty(0, np.uint64)
+        self._late = np.isin(packer.sources.storage, fenced) & ~on_device
         packer.copy_parts(np.flatnonzero(~self._late & ~on_device), self._image, 0)
         for chunk in range(program.num_chunks):
             low, high = program.chunk_range(chunk)
@@ -78,13 +78,13 @@ class Staging:
             self._keep_alive = keep_alive
             fence.add(self)
 
-    def _urgent_first(self, guarded: Sequence[fence.Ends], chunk_of: Int64Array) -> list[int]:
+    def _urgent_first(self, guarded: Sequence[fence.Storages], chunk_of: Int64Array) -> list[int]:
         """Chunks by when the first of their tensors changes."""
         turn = np.full(self._program.num_chunks, len(guarded), np.int64)
         if len(guarded) > 1:
-            limit = self._packer.sources.limit
+            storage = self._packer.sources.storage
             for number in reversed(range(len(guarded))):
-                turn[chunk_of[np.isin(limit, guarded[number])]] = number
+                turn[chunk_of[np.isin(storage, guarded[number])]] = number
         return [int(chunk) for chunk in np.argsort(turn, kind="stable") if self._state[chunk] == _WAITING]
 
     def run(self) -> None:
@@ -96,11 +96,11 @@ class Staging:
         if nbytes:
             self._timeline.add("copy", start, time.perf_counter(), nbytes=nbytes)
 
-    def hold(self, ends: fence.Ends | None) -> None:
+    def hold(self, storages: fence.Storages | None) -> None:
         """Return when what lies in these storages is copied. The training thread, at a fence: it copies, too."""
         start = time.perf_counter()
         self._devices.hold()
-        wanted = self._chunks_of(ends)
+        wanted = self._chunks_of(storages)
         while (chunk := self._claim(wanted)) is not None:
             self._copy(chunk, summed=False)
         with self._changed:
@@ -164,10 +164,10 @@ class Staging:
             self._changed.notify_all()
         return high - low
 
-    def _chunks_of(self, ends: fence.Ends | None) -> list[int]:
-        if ends is None:
+    def _chunks_of(self, storages: fence.Storages | None) -> list[int]:
+        if storages is None:
             return self._order
-        rows = self._late & np.isin(self._packer.sources.limit, ends)
+        rows = self._late & np.isin(self._packer.sources.storage, storages)
         wanted = set(np.unique(self._program.position[rows] // self._program.chunk_bytes).tolist())
         return [chunk for chunk in self._order if chunk in wanted]
 
