@@ -36,6 +36,7 @@ from ckpt.state import Collector
 from ckpt.store.base import Store
 from ckpt.store.open import open_store
 
+_ABANDON_S = 5.0  # a save that is given up has so long to notice
 _log = logging.getLogger("ckpt")
 
 State = Mapping[str, Any]
@@ -235,9 +236,14 @@ class Run:
 
     def close(self, grace_s: float | None = None) -> None:
         """Finish the saves on their way, within `grace_s` where given, and let go of threads and store. May be called twice."""
+        if grace_s is not None and not self._wait_within(grace_s):
+            self.abandon(f"the process ends, and it was not durable after {grace_s:.1f} s")
+            if not self._wait_within(_ABANDON_S):
+                # A store that does not answer: the threads are daemons, and what they write nobody will take for a save.
+                raise SaveFailedError(
+                    f"saves to {self.store.url} were given up while the store did not answer", kind="abandoned"
+                )
         try:
-            if grace_s is not None and not self._wait_within(grace_s):
-                self.abandon(f"the process ends, and it was not durable after {grace_s:.0f} s")
             self.check()
         finally:
             self._background.close()

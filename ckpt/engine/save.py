@@ -129,10 +129,13 @@ class SaveSession:
             error: why this rank has no state to save; then no rank saves and every rank raises.
         """
         try:
-            return self.finish(self._prepare(local, request, error, timeline or Timeline()))
+            saved = self.finish(self._prepare(local, request, error, timeline or Timeline()))
         except BaseException:
             self.plan_again()  # every rank failed with this one, and all must agree anew
             raise
+        if saved.structure_changed:
+            self.plan_again()
+        return saved
 
     def stage(
         self,
