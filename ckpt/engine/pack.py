@@ -15,9 +15,8 @@ from numpy.typing import NDArray
 from ckpt.format.checksum import block_ranges
 from ckpt.format.image import ImageLayout
 from ckpt.format.spec import PieceTable, TensorSpec
-from ckpt.kernels import copy_boxes, crc32c_combine, crc32c_ranges
+from ckpt.kernels import crc32c_combine, crc32c_ranges, pack
 from ckpt.layout.box import BoxTable, Int64Array, boxes_of_flat_range
-from ckpt.plan.read import contiguous_strides
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -141,11 +140,9 @@ class Packer:
     def __init__(self, program: PackProgram, pieces: PieceTable, objects: Sequence[bytes], *, threads: int) -> None:
         self._program = program
         self._threads = threads
-        strides = pieces.strides[program.piece]
-        self._source = pieces.address[program.piece] + (program.within * strides).sum(axis=1).astype(np.uint64)
+        self._strides = pieces.strides[program.piece]
+        self._source = pieces.address[program.piece] + (program.within * self._strides).sum(axis=1).astype(np.uint64)
         self._limit = pieces.limit[program.piece]
-        self._strides = strides
-        self._target_strides = contiguous_strides(program.lengths, program.itemsize)
         layout = program.layout
         self._raw = [(0, layout.header), *zip(layout.object_offsets, objects, strict=True)]
         self._crc = np.zeros(program.num_blocks, np.uint32)
@@ -153,39 +150,61 @@ class Packer:
 
     def fill(self, chunk: int, buffer: NDArray[np.uint8]) -> None:
         """Copy everything of `chunk` into the front of `buffer`."""
+        self._pack(chunk, buffer, slice(0, 0))
+        self._put_raw(chunk, buffer)
+
+    def fill_and_checksum(self, chunk: int, buffer: NDArray[np.uint8]) -> None:
+        """`fill` and `checksum` in one pass over the memory. Chunks come in order."""
+        segments = self._segments(chunk)
+        self._add(segments, self._pack(chunk, buffer, segments))
+        self._put_raw(chunk, buffer)  # the header and objects: no block covers them
+
+    def checksum(self, chunk: int, buffer: NDArray[np.uint8]) -> None:
+        """Add the blocks of `chunk`, whose bytes are in `buffer`. Chunks come in order."""
+        program = self._program
+        start, stop = program.chunk_range(chunk)
+        rows = self._segments(chunk)
+        low, high = program.segment_start[rows] - start, program.segment_stop[rows] - start
+        self._add(rows, crc32c_ranges(buffer[: stop - start], low, high, threads=self._threads))
+
+    def _pack(self, chunk: int, buffer: NDArray[np.uint8], segments: slice) -> NDArray[np.uint32]:
         program = self._program
         start, stop = program.chunk_range(chunk)
         rows = slice(int(program.part_starts[chunk]), int(program.part_starts[chunk + 1]))
-        base = buffer.ctypes.data
-        count = rows.stop - rows.start
-        copy_boxes(
+        return pack(
+            buffer[: stop - start],
+            start=start,
             source=self._source[rows],
             source_limit=self._limit[rows],
-            target=(program.position[rows] - start + base).astype(np.uint64),
-            target_limit=np.full(count, base + (stop - start), np.uint64),
+            position=program.position[rows],
             lengths=program.lengths[rows],
             source_strides=self._strides[rows],
-            target_strides=self._target_strides[rows],
             itemsize=program.itemsize[rows],
+            segment_starts=program.segment_start[segments],
+            segment_stops=program.segment_stop[segments],
             threads=self._threads,
         )
+
+    def _segments(self, chunk: int) -> slice:
+        program = self._program
+        return slice(int(program.segment_starts[chunk]), int(program.segment_starts[chunk + 1]))
+
+    def _put_raw(self, chunk: int, buffer: NDArray[np.uint8]) -> None:
+        start, stop = self._program.chunk_range(chunk)
         for offset, data in self._raw:
             low, high = max(offset, start), min(offset + len(data), stop)
             if low < high:
                 buffer[low - start : high - start] = np.frombuffer(data, np.uint8)[low - offset : high - offset]
 
-    def checksum(self, chunk: int, buffer: NDArray[np.uint8]) -> None:
-        """Add the blocks of `chunk`, whose bytes are in `buffer`. Chunks come in order."""
+    def _add(self, segments: slice, found: NDArray[np.uint32]) -> None:
+        """Take the sums of a chunk's segments; a block's first part may have been in the chunk before."""
         program = self._program
-        start, _ = program.chunk_range(chunk)
-        rows = slice(int(program.segment_starts[chunk]), int(program.segment_starts[chunk + 1]))
-        low, high = program.segment_start[rows] - start, program.segment_stop[rows] - start
-        found = crc32c_ranges(buffer, low, high, threads=self._threads)
-        blocks = program.segment_block[rows]
-        if len(blocks) and self._done[blocks[0]]:  # its first part was in the chunk before
-            found[0] = crc32c_combine(int(self._crc[blocks[0]]), int(found[0]), int(high[0] - low[0]))
+        blocks = program.segment_block[segments]
+        nbytes = program.segment_stop[segments] - program.segment_start[segments]
+        if len(blocks) and self._done[blocks[0]]:
+            found[0] = crc32c_combine(int(self._crc[blocks[0]]), int(found[0]), int(nbytes[0]))
         self._crc[blocks] = found
-        self._done[blocks] += high - low
+        self._done[blocks] += nbytes
 
     @property
     def checksums(self) -> NDArray[np.uint32]:

@@ -346,8 +346,7 @@ class SaveSession:
                     free.append(buffer)
                 buffer = free.popleft()
                 low, high = attempt.program.chunk_range(chunk)
-                attempt.packer.fill(chunk, buffer)
-                attempt.packer.checksum(chunk, buffer)
+                attempt.packer.fill_and_checksum(chunk, buffer)
                 pending.append((pool.submit(writer.write, buffer[: high - low].data), buffer))
                 failpoints.hit("save.in-image")
             for future, _ in pending:
