@@ -7,8 +7,6 @@ by the training thread when a fence holds it, so that it never waits for work th
 
 from __future__ import annotations
 
-import contextlib
-import os
 import queue
 import threading
 import time
@@ -19,6 +17,7 @@ from numpy.typing import NDArray
 
 from ckpt import failpoints
 from ckpt.events import Timeline
+from ckpt.kernels import set_thread_nice
 from ckpt.layout.box import Int64Array
 from ckpt.snapshot import fence
 from ckpt.snapshot.devices import DeviceCopies
@@ -38,7 +37,7 @@ class Staging:
         self._state = np.full(program.num_chunks, _WAITING, np.int8)  # of each chunk, as far as the host copies
         self._order: list[int] = []
         self._late = np.zeros(len(program.piece), bool)  # parts that `begin` left for later
-        self._apart = np.zeros(program.num_chunks, bool)  # something in the chunk was put there by `begin` or a device
+        self._apart = np.zeros(program.num_chunks, bool)  # a device puts something into the chunk, at its own time
         self._summed = np.zeros(program.num_chunks, bool)
         self._error: BaseException | None = None
         self._keep_alive: tuple[object, ...] = ()
@@ -70,7 +69,7 @@ class Staging:
             low, high = program.chunk_range(chunk)
             packer.put_raw(chunk, self._image[low:high])
         chunk_of = program.position // program.chunk_bytes
-        self._apart[chunk_of[~self._late]] = True
+        self._apart[chunk_of[on_device]] = True
         self._state[:] = _DONE
         self._state[chunk_of[self._late]] = _WAITING
         self._order = self._urgent_first(guarded, chunk_of)
@@ -144,16 +143,16 @@ class Staging:
         return None
 
     def _copy(self, chunk: int, *, summed: bool) -> int:
-        """Copy what is late in `chunk`; sum it while it is in the cache when all of the chunk is. Returns its bytes."""
+        """Copy what is late in `chunk`, and sum the chunk while it is in the cache. Returns its bytes."""
         low, high = self._program.chunk_range(chunk)
         buffer = self._image[low:high]
         try:
+            rows = self._packer.rows_of(chunk)
+            late = np.flatnonzero(self._late[rows]) + rows.start
             if summed and not self._apart[chunk]:
-                self._packer.pack(chunk, buffer)
+                self._packer.pack(chunk, buffer, late)
                 self._summed[chunk] = True
             else:
-                rows = self._packer.rows_of(chunk)
-                late = np.flatnonzero(self._late[rows]) + rows.start
                 self._packer.copy_parts(late, buffer, low)
         except BaseException as error:  # noqa: BLE001 - raised by `wait_for`; the training must not stop for it
             self._error = self._error or error
@@ -199,13 +198,7 @@ class Copier:
             self._thread = None
 
     def _run(self) -> None:
-        lower_priority(self._nice)
+        set_thread_nice(self._nice)
         while (staging := self._tasks.get()) is not None:
             staging.run()
             del staging  # nothing of a step is kept until the next one
-
-
-def lower_priority(nice: int) -> None:
-    """Let the calling thread, and those that it starts, go after others; where the system refuses they do not."""
-    with contextlib.suppress(OSError, AttributeError):
-        os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), max(nice, os.getpriority(os.PRIO_PROCESS, 0)))

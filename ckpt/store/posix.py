@@ -92,7 +92,7 @@ class PosixStore:
             key=key,
             nbytes=nbytes,
             direct=options.direct_io and (nbytes is None or nbytes >= options.chunk_bytes),
-            buffer_bytes=options.chunk_bytes,
+            options=options,
         )
 
     def put(self, key: str, data: bytes) -> None:
