@@ -101,3 +101,7 @@ EVENT_LINE_BYTES_MAX = 16 * KIB  # one event; what is longer loses its details
 EVENT_LOG_PART_BYTES = MIB  # one file; about 300 saves of one rank
 EVENT_LOG_BYTES_MAX = 64 * MIB  # of one process; then its oldest file goes
 EVENT_LOG_READ_BYTES_MAX = 256 * MIB  # parsed at once, newest files first
+
+# Limits of the report of a run.
+REPORT_RANKS_MAX = 512  # in one timeline; of more ranks, the slowest
+REPORT_ROWS_MAX = 500  # in one table, the newest

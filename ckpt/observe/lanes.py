@@ -9,7 +9,7 @@ from collections.abc import Sequence
 
 from ckpt.events import Event
 
-_SLACK_S = 1e-7  # times since the epoch are doubles, apart by this much
+_SLACK_S = 1e-6  # times since the epoch are doubles, 2.4e-7 apart
 
 
 def lanes(events: Sequence[Event], *, nested: bool) -> list[int]:
