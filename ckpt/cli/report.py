@@ -10,11 +10,11 @@ import click
 
 from ckpt.cli import texts
 from ckpt.cli.address import Address
-from ckpt.cli.command import ADDRESS, command, opened_run
+from ckpt.cli.command import ADDRESS, command, opened_run, refuse_no_run
 from ckpt.cli.printer import Column, Printer
 from ckpt.cli.timing import no_events, seconds, straggler_of
 from ckpt.commit import find
-from ckpt.errors import InvalidInputError, StoreError
+from ckpt.errors import CheckpointError
 from ckpt.observe.log import LogContents, read_log
 from ckpt.observe.report import report_page
 from ckpt.observe.summary import Operation, operations
@@ -31,17 +31,17 @@ def report(printer: Printer, run: Address, page: str | None, trace: str | None) 
     The page shows the save of STEP, the newest one when no step is named, and the slowest one.
     """
     with opened_run(printer, run) as store:
-        step = None if run.steps is None else find.resolve(store, run.one()) if run.steps == "latest" else run.one()
+        asked = None if run.steps is None else run.one()
+        step = find.resolve(store, asked) if asked == "latest" else asked
         log = read_log(store)
+        if not log.events:
+            refuse_no_run(store, find.step_folders(store))
     found = operations(log.events)
     chosen = [o for o in found if o.operation == "save" and (step is None or o.step == step)]
     if not found or (step is not None and not chosen):
         raise no_events(run.url, step)
     if page is not None:
-        _write(
-            page,
-            report_page(log.events, run=run.url, step=int(step) if step is not None else None, left_out=_left_out(log)),
-        )
+        _write(page, report_page(log.events, run=run.url, step=step, left_out=_left_out(log)))
         printer.note(f"wrote {page}")
     if trace is not None:
         _write(trace, json.dumps(chrome_trace(log.events), default=str))
@@ -54,7 +54,7 @@ def _write(path: str, text: str) -> None:
     try:
         Path(path).write_text(text, encoding="utf-8")
     except OSError as error:
-        raise StoreError(f"cannot write `{path}`: {error.strerror or error}", kind="io") from error
+        raise CheckpointError(f"cannot write `{path}`: {error.strerror or error}", kind="cannot-write") from error
 
 
 def _document(

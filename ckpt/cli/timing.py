@@ -9,10 +9,11 @@ from typing import Any
 
 from ckpt.cli import texts
 from ckpt.cli.address import Address
+from ckpt.cli.command import refuse_no_run
 from ckpt.cli.printer import Column, Printer
 from ckpt.commit import find
 from ckpt.commit.publish import published_attempt
-from ckpt.errors import CheckpointError, DamagedError, NotFoundError
+from ckpt.errors import CheckpointError, DamagedError
 from ckpt.observe.log import read_log
 from ckpt.observe.summary import Operation, operations
 from ckpt.store.base import Store
@@ -24,6 +25,7 @@ def show_timing(printer: Printer, checkpoint: Address, store: Store) -> None:
     step = find.resolve(store, asked) if asked == "latest" else asked
     saves = [o for o in operations(read_log(store, step=step).events) if o.operation == "save"]
     if not saves:
+        refuse_no_run(store, find.step_folders(store))
         raise no_events(checkpoint.url, step)
     try:
         attempt = published_attempt(store, step)
@@ -38,7 +40,7 @@ def no_events(url: str, step: int | str | None) -> CheckpointError:
     """The error for a run or step that the log says nothing of."""
     what = f"no events in {url}" if step is None else f"no events of a save of step {step} in {url}"
     hint = "events are logged while saving and loading, unless the option `events` is off (CKPT_EVENTS=0)"
-    return NotFoundError(what, kind="no-events", hints=(hint, f"ckpt report {url}") if step is not None else (hint,))
+    return CheckpointError(what, kind="no-events", hints=(hint, f"ckpt report {url}") if step is not None else (hint,))
 
 
 def seconds(value: float | None) -> str:

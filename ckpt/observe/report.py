@@ -44,8 +44,8 @@ body { font: 15px/1.5 system-ui, -apple-system, 'Segoe UI', 'DejaVu Sans', sans-
 h1 { font-size: 24px; margin: 0 0 4px; overflow-wrap: anywhere; } h2 { font-size: 19px; margin: 40px 0 4px; }
 h3 { font-size: 15px; margin: 18px 0 0; }
 p { margin: 4px 0; } .quiet { color: #595959; } .late { color: #b2182b; font-weight: 600; }
-.facts { display: flex; flex-wrap: wrap; gap: 12px; margin: 18px 0; }
-.fact { border: 1px solid #d0d0d0; border-radius: 6px; padding: 8px 14px; } .fact b { display: block; font-size: 19px; }
+.facts { display: flex; flex-wrap: wrap; gap: 8px; margin: 18px 0; }
+.fact { border: 1px solid #d0d0d0; border-radius: 6px; padding: 8px 12px; font-size: 13px; } .fact b { display: block; font-size: 17px; }
 .scroll { overflow-x: auto; } table { border-collapse: collapse; font-size: 13px; margin-top: 8px; }
 th, td { padding: 3px 10px; text-align: right; border-bottom: 1px solid #e4e4e4; white-space: nowrap; }
 th { border-bottom: 2px solid #8c8c8c; } td.text, th.text { text-align: left; }
@@ -75,7 +75,7 @@ def report_page(
     made = (now or datetime.datetime.now(datetime.UTC)).strftime("%Y-%m-%d %H:%M:%S UTC")
     parts = [
         f"<h1>Checkpoints of {html.escape(run)}</h1>",
-        f'<p class="quiet">{len(saves):,} saves and {len(loads):,} loads, from the event log. Report made {made}.</p>',
+        f'<p class="quiet">{_count(saves, "save")} and {_count(loads, "load")}, from the event log. Report made {made}.</p>',
         f'<p class="late">{html.escape(left_out)}</p>' if left_out else "",
         _facts(saves),
         *_chosen(saves, loads, step),
@@ -112,7 +112,7 @@ def _operation(title: str, name: str, operation: Operation) -> str:
             f"<p>{html.escape(_sentence(operation))}</p>",
             f'<p class="late">{html.escape(operation.error)}</p>' if operation.error else "",
             _straggler(operation),
-            "<h3>Rank × phase: bright is slower than the others</h3>",
+            f"<h3>{'Rank × phase: bright is slower than the others' if len(operation.seconds) > 1 else 'Phases'}</h3>",
             _figure(figures.heat_map(operation), f"{name}-heat"),
             f"<h3>Timeline of each rank{of_ranks}</h3>",
             _figure(figures.timeline(operation), f"{name}-timeline"),
@@ -128,9 +128,8 @@ def _sentence(operation: Operation) -> str:
     )
     words = [f"{_time(operation.start_s)}, {operation.outcome}, {ranks}"]
     if operation.total_s is not None:
-        words.append(
-            f"{'durable' if operation.operation == 'save' else 'done'} after {seconds_text(operation.total_s)}"
-        )
+        what = "over" if operation.outcome != "ok" else "durable" if operation.operation == "save" else "done"
+        words.append(f"{what} after {seconds_text(operation.total_s)}")
     if operation.stall_s is not None:
         words.append(f"training held for {seconds_text(operation.stall_s)}")
     if operation.nbytes:
@@ -144,6 +143,10 @@ def _straggler(operation: Operation) -> str:
     if len(operation.seconds) > 1:
         return '<p class="quiet">No straggler: no rank took much longer than the others in its own work.</p>'
     return ""
+
+
+def _count(found: Sequence[Operation], noun: str) -> str:
+    return f"{len(found):,} {noun}{'' if len(found) == 1 else 's'}"
 
 
 def _facts(saves: Sequence[Operation]) -> str:
@@ -187,7 +190,7 @@ def _table(title: str, name: str, found: Sequence[Operation]) -> str:
         ("outcome", lambda o: o.outcome),
         ("ranks", lambda o: str(o.world) if len(o.seconds) == o.world else f"{len(o.seconds)} of {o.world}"),
         ("stall", lambda o: _maybe(o.stall_s)),
-        ("durable after" if name == "saves" else "took", lambda o: _maybe(o.total_s)),
+        ("durable after" if name == "saves" else "took", lambda o: _maybe(o.total_s if o.outcome == "ok" or name == "loads" else None)),
         ("GB", lambda o: f"{o.nbytes / 1e9:.3g}" if o.nbytes else "-"),
         ("GB/s", lambda o: _speed(o, "{}") or "-"),
         ("straggler", _late),
