@@ -54,9 +54,9 @@ def heat_map(operation: Operation) -> Any:
     figure = go.Figure(
         go.Heatmap(
             x=[html.escape(phase) for phase in phases],
-            y=ranks,
+            y=list(range(len(ranks))),
             z=[[excess[phase].get(rank) for phase in phases] for rank in ranks],
-            customdata=taken,
+            customdata=[[[rank, value] for value in row] for rank, row in zip(ranks, taken, strict=True)],
             text=[["" if value is None else seconds_text(value) for value in row] for row in taken],
             texttemplate="%{text}" if few else None,
             colorscale="Cividis",
@@ -66,7 +66,8 @@ def heat_map(operation: Operation) -> Any:
             ygap=1 if len(ranks) <= 128 else 0,
             colorbar={"title": {"text": "s beyond the<br>median rank"}, "thickness": 12, "len": 1.0, "x": 1.09},
             showscale=len(ranks) >= _RANKS_WITH_SCALE_MIN,
-            hovertemplate="rank %{y}, %{x}<br>%{customdata:.4g} s, %{z:.4g} s beyond the median rank<extra></extra>",
+            hovertemplate="rank %{customdata[0]}, %{x}<br>%{customdata[1]:.4g} s,"
+            " %{z:.4g} s beyond the median rank<extra></extra>",
         )
     )
     height = min(max(_ROW_PX * len(ranks) + 55, _HEAT_PX_MIN), _HEAT_PX_MAX)
@@ -74,9 +75,9 @@ def heat_map(operation: Operation) -> Any:
     figure.update_layout(
         plot_bgcolor="#ececec", xaxis={"side": "top", "showgrid": False}, margin={"t": 40, "r": 190, "b": 10}
     )
-    figure.update_yaxes(_rank_axis(ranks))
+    _number_rows(figure, ranks)
     if operation.straggler is not None:
-        at, column = operation.straggler.rank, phases.index(operation.straggler.phase)
+        at, column = ranks.index(operation.straggler.rank), phases.index(operation.straggler.phase)
         half = max(0.5, len(ranks) * _MARK_PX / height / 2)  # of many ranks, the frame is higher than the row
         figure.add_shape(
             type="rect",
@@ -86,7 +87,7 @@ def heat_map(operation: Operation) -> Any:
             y1=at + half,
             line={"color": _STRAGGLER, "width": 2},
         )
-        _arrow(figure, at, at)
+        _arrow(figure, at, operation.straggler.rank)
     return figure
 
 
@@ -128,9 +129,7 @@ def timeline(operation: Operation) -> Any:
         range=[0.0, (stop_s - operation.start_s) * factor * 1.02],
         zeroline=False,
     )
-    some = range(0, len(ranks), max(1, -(-len(ranks) // _RANKS_WITH_NUMBERS_MAX)))
-    ticks = {"tickmode": "array", "tickvals": list(some), "ticktext": [str(ranks[i]) for i in some]}
-    figure.update_yaxes(showgrid=False, zeroline=False, autorange=False, range=[len(ranks) - 0.5, -0.5], **ticks)
+    _number_rows(figure, ranks)
     straggler = operation.straggler
     if straggler is not None and straggler.rank in row:
         at = row[straggler.rank]
@@ -246,11 +245,18 @@ def _style(figure: Any, *, height: float, y_title: str = "") -> None:
         figure.update_yaxes(title={"text": y_title})
 
 
-def _rank_axis(ranks: Sequence[int]) -> dict[str, Any]:
-    axis: dict[str, Any] = {"autorange": "reversed", "showgrid": False, "zeroline": False}
-    if len(ranks) <= _RANKS_WITH_NUMBERS_MAX:
-        axis |= {"tickmode": "array", "tickvals": list(ranks), "ticktext": [str(rank) for rank in ranks]}
-    return axis
+def _number_rows(figure: Any, ranks: Sequence[int]) -> None:
+    """One row per rank, the first on top, with the numbers of as many as have room."""
+    some = range(0, len(ranks), max(1, -(-len(ranks) // _RANKS_WITH_NUMBERS_MAX)))
+    figure.update_yaxes(
+        tickmode="array",
+        tickvals=list(some),
+        ticktext=[str(ranks[i]) for i in some],
+        showgrid=False,
+        zeroline=False,
+        autorange=False,
+        range=[len(ranks) - 0.5, -0.5],
+    )
 
 
 def _arrow(figure: Any, at: int, rank: int) -> None:

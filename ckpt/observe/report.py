@@ -45,7 +45,8 @@ h1 { font-size: 24px; margin: 0 0 4px; overflow-wrap: anywhere; } h2 { font-size
 h3 { font-size: 15px; margin: 18px 0 0; }
 p { margin: 4px 0; } .quiet { color: #595959; } .late { color: #b2182b; font-weight: 600; }
 .facts { display: flex; flex-wrap: wrap; gap: 8px; margin: 18px 0; }
-.fact { border: 1px solid #d0d0d0; border-radius: 6px; padding: 8px 12px; font-size: 13px; } .fact b { display: block; font-size: 17px; }
+.fact { border: 1px solid #d0d0d0; border-radius: 6px; padding: 8px 12px; font-size: 13px; }
+.fact b { display: block; font-size: 17px; }
 .scroll { overflow-x: auto; } table { border-collapse: collapse; font-size: 13px; margin-top: 8px; }
 th, td { padding: 3px 10px; text-align: right; border-bottom: 1px solid #e4e4e4; white-space: nowrap; }
 th { border-bottom: 2px solid #8c8c8c; } td.text, th.text { text-align: left; }
@@ -190,7 +191,7 @@ def _table(title: str, name: str, found: Sequence[Operation]) -> str:
         ("outcome", lambda o: o.outcome),
         ("ranks", lambda o: str(o.world) if len(o.seconds) == o.world else f"{len(o.seconds)} of {o.world}"),
         ("stall", lambda o: _maybe(o.stall_s)),
-        ("durable after" if name == "saves" else "took", lambda o: _maybe(o.total_s if o.outcome == "ok" or name == "loads" else None)),
+        ("durable after" if name == "saves" else "took", lambda o: _maybe(o.total_s) if o.outcome == "ok" else "-"),
         ("GB", lambda o: f"{o.nbytes / 1e9:.3g}" if o.nbytes else "-"),
         ("GB/s", lambda o: _speed(o, "{}") or "-"),
         ("straggler", _late),

@@ -117,7 +117,7 @@ def load_events(
 
 
 def run_events(world: int, *, num_saves: int = 12, straggler: tuple[int, str, float] | None = None) -> list[Event]:
-    """A load, then saves 60 s apart; the straggler is slow in the last one, and a little in the fifth; one fails, one is skipped."""
+    """A load, then saves 60 s apart: the fifth and the last with the straggler, the seventh failed, the ninth skipped."""
     zero_s = 1_790_000_000.0
     events = load_events(100, world, start_s=zero_s)
     for number in range(1, num_saves + 1):
