@@ -1,7 +1,7 @@
 """Goal: the report stands alone, shows what was slow at a glance, and trusts nothing that it shows.
 
-Method: pages of synthetic runs on 1, 2, 16 and 256 ranks, as text and as a real browser shows them: the document after the scripts
-ran, and the pixels of a picture of it.
+Method: pages of synthetic runs on 1, 2, 16 and 256 ranks, as text and as a real browser shows them: the document after the
+scripts ran, and the pixels of a picture of it.
 """
 
 from __future__ import annotations
@@ -48,25 +48,26 @@ def test_the_page_has_its_parts_and_stays_small(world: int) -> None:
 
 def test_the_page_asks_no_network_for_anything() -> None:
     page = report_page(run_events(2), run="runs/gpt")
+    tags = text_of(page) + "".join(re.findall(r"<script[^>]*>", page))
 
-    assert (
-        re.search(
-            r"<(script|link|img|iframe)[^>]*(src|href)=", text_of(page) + "".join(re.findall(r"<script[^>]*>", page))
-        )
-        is None
-    )
+    assert re.search(r"<(script|link|img|iframe)[^>]*(src|href)=", tags) is None
     assert "default-src 'none'" in page
 
 
-def test_a_text_of_the_log_is_shown_and_not_obeyed() -> None:
-    evil = "</script><script>document.title='owned'</script><img src=x onerror=alert(1)>"
+EVIL = "</script><script>document.title='owned'</script><img src=x onerror=document.title='owned'>"
+
+
+def evil_page() -> str:
+    """A page of a log in which every text is an attack."""
     events = [
-        dataclasses.replace(
-            e, run=evil, phase=evil if e.phase == "copy" else e.phase, attempt=evil, detail={"error": evil}
-        )
-        for e in save_events(7, 2, straggler=(1, "copy", 9.0))
+        dataclasses.replace(e, phase=EVIL if e.phase == "copy" else e.phase, attempt=EVIL, detail={"error": EVIL})
+        for e in save_events(7, 2, straggler=(1, "copy", 9.0), run=EVIL)
     ]
-    page = report_page(events, run=evil)
+    return report_page(events, run=EVIL)
+
+
+def test_a_text_of_the_log_is_shown_and_not_obeyed() -> None:
+    page = evil_page()
 
     assert "<script>document.title" not in page and "<img src=x" not in page
     assert "&lt;img src=x" in text_of(page)
@@ -131,3 +132,14 @@ def test_a_browser_shows_all_figures_and_the_straggler_at_a_glance(
     assert len(rows) > 0 and rows[0] < 1000
     assert pixels(seen.picture, STRAGGLER)[:1000].sum() > 200
     assert f"◀ rank {slow}" in seen.dom
+
+
+@needs_browser
+@pytest.mark.timeout(240)
+def test_a_browser_runs_nothing_that_the_log_says(tmp_path: Path) -> None:
+    (tmp_path / "report.html").write_text(evil_page(), encoding="utf-8")
+    seen = browser.look(tmp_path / "report.html")
+    title = re.search(r"<title>(.*?)</title>", seen.dom)
+
+    assert title is not None and title[1].startswith("&lt;/script&gt;")
+    assert seen.dom.count('class="main-svg"') >= 2 * 3 and "<img" not in seen.dom and "CONSOLE" not in seen.log
