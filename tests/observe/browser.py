@@ -38,7 +38,7 @@ class Seen:
 
 
 def look(page: Path, *, width: int = 1240, height: int = 2400) -> Seen:
-    """Open a page twice: for its document, and for its picture."""
+    """Open a page: its document, its log and its picture."""
     import matplotlib.image
 
     browser = find()
@@ -51,8 +51,9 @@ def look(page: Path, *, width: int = 1240, height: int = 2400) -> Seen:
     ]  # fmt: skip
     if os.geteuid() == 0:
         command.append("--no-sandbox")  # the sandbox of Chromium does not start as root
-    shown = _run([*command, "--dump-dom", page.as_uri()])
-    _run([*command, f"--screenshot={picture}", page.as_uri()])
+    shown = _run([*command, "--dump-dom", f"--screenshot={picture}", page.as_uri()])
+    if not picture.exists():  # older versions do one thing at a time
+        _run([*command, f"--screenshot={picture}", page.as_uri()])
     return Seen(dom=shown.stdout, log=shown.stderr, picture=matplotlib.image.imread(picture)[:, :, :3])
 
 
