@@ -22,7 +22,7 @@ from ckpt.observe.summary import Operation, operations
 _POLICY = "default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inline'; img-src data: blob:"
 _CONFIG = {"displaylogo": False, "responsive": True, "modeBarButtonsToRemove": ["select2d", "lasso2d"]}
 
-_PHASES = (
+PHASES = (
     ("call", "the whole call, as the training loop saw it; contains walk, plan and wait"),
     ("walk", "the state to tensors with boxes"),
     ("plan", "which bytes go where; at a new structure with an exchange between the ranks"),
