@@ -229,9 +229,7 @@ def _speed(operation: Operation, text: str) -> str:
 
 
 def _glossary() -> str:
-    rows = "".join(
-        f'<tr><td class="text"><b>{name}</b></td><td class="text">{text}</td></tr>' for name, text in _PHASES
-    )
+    rows = "".join(f'<tr><td class="text"><b>{name}</b></td><td class="text">{text}</td></tr>' for name, text in PHASES)
     return (
         f"<section><h2>Phases</h2><table>{rows}</table>"
         "<p class='quiet'>Stall is call and fence of the slowest rank. Durable is from the call until the outcome was known, on"
