@@ -59,6 +59,7 @@ class Options:
     claim_ttl_s: float = 900.0  # stores without conditional writes: a claim older than this is dead
     gc_grace_s: float = 3600.0  # unpublished attempts younger than this are kept by gc
     direct_io: bool = True  # write images around the page cache where the file system can
+    events: bool = True  # log the phases of every save and load beside the run
 
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):
@@ -120,3 +121,13 @@ OBJECT_NODES_MAX = 16 * 1024 * 1024  # values in one typed tree
 LEFT_SAMPLES_MAX = (
     1 << 27
 )  # samples by which the data-parallel ranks of an elastic sampler may be apart, all ranks together
+
+# Limits of the event log (docs/reference/events.md).
+EVENT_LINE_BYTES_MAX = 16 * KIB  # one event; what is longer loses its details
+EVENT_LOG_PART_BYTES = MIB  # one file; about 300 saves of one rank
+EVENT_LOG_BYTES_MAX = 64 * MIB  # of one process; then its oldest file goes
+EVENT_LOG_READ_BYTES_MAX = 256 * MIB  # parsed at once, newest files first
+
+# Limits of the report of a run.
+REPORT_RANKS_MAX = 512  # in one timeline; of more ranks, the slowest
+REPORT_ROWS_MAX = 500  # in one table, the newest

@@ -19,6 +19,7 @@ from ckpt.cli.gc import gc
 from ckpt.cli.ls import ls
 from ckpt.cli.plan import plan
 from ckpt.cli.printer import Printer, describe
+from ckpt.cli.report import report
 from ckpt.cli.reshard import reshard
 from ckpt.cli.show import show
 from ckpt.cli.tensors import tensors
@@ -37,7 +38,7 @@ def ckpt() -> None:
     """
 
 
-for _command in (ls, show, tensors, verify, diff, plan, reshard, forget, unforget, gc, doctor):
+for _command in (ls, show, tensors, verify, diff, plan, reshard, report, forget, unforget, gc, doctor):
     ckpt.add_command(_command)
 
 

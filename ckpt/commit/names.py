@@ -10,6 +10,7 @@ would not be written by this module is not read by it.
     step-000000001000/<attempt>/aborted.json                        this attempt will never be published
     step-000000001000/<attempt>/receipts/00003-of-00128.receipt     a rank's vote
     step-000000001000/<attempt>/receipts/00003-of-00128.failed.json a rank's reason
+    events/...                                                      what happened (observe/log.py); no part of a checkpoint
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ STEP_MAX = 10**12 - 1
 MANIFEST = "manifest.json"
 FORGOTTEN = "forgotten.json"
 ABORTED = "aborted.json"
+EVENTS = "events/"
 
 _STEP = re.compile(r"step-([0-9]{12})")
 _ATTEMPT = re.compile(r"[0-9a-z-]{8,64}")
