@@ -21,6 +21,7 @@ from ckpt.engine.reader import StoredCheckpoint, ids_of
 from ckpt.engine.structure import layout_digest
 from ckpt.engine.world import World, raise_together
 from ckpt.errors import CheckpointError, MismatchError, RankFailedError
+from ckpt.events import Timeline
 from ckpt.format.spec import LocalState, PieceTable, TensorSpec
 from ckpt.layout.layout import Layout
 from ckpt.plan.read import subset_pieces
@@ -67,6 +68,7 @@ def load_state(
     strict: bool = True,
     rename: Rename = None,
     progress: Progress | None = None,
+    timeline: Timeline | None = None,
 ) -> Loaded:
     """Fill `state` from `stored`. All ranks of `world` call.
 
@@ -80,6 +82,7 @@ def load_state(
         RankFailedError: another rank failed; this rank's state must be loaded again.
     """
     start = time.perf_counter()
+    timeline = timeline or Timeline()
     error: CheckpointError | None = None
     prepared: tuple[LoadTarget, _Match, list[TensorSpec]] | None = None
     try:
@@ -89,11 +92,12 @@ def load_state(
             prepared = (aim, _match(aim, specs, stored, strict=strict), specs)
     except CheckpointError as problem:
         error = problem
+    walked = time.perf_counter()
+    timeline.add("walk", start, walked)
     extra, missing = _agree(world, prepared, state, error, strict=strict)
     assert prepared is not None
     aim, match, specs = prepared
     saved = _saved_world(stored, aim.local, world)
-    planned = time.perf_counter()
     error = None
     try:
         pieces = _wanted_pieces(aim.local, match.ids)
@@ -102,13 +106,17 @@ def load_state(
     except CheckpointError as problem:
         error = problem
     raise_together(world, error, "before anything changed")
+    planned = time.perf_counter()
+    timeline.add("plan", walked, planned)
     done_bytes = read_together(stored, pieces, world, progress=progress)
+    done = time.perf_counter()
+    timeline.add("read", planned, done, nbytes=done_bytes.read, exchanged=done_bytes.exchanged)
     try:
         aim.restore(objects, saved)
     except CheckpointError as problem:
         error = problem
     raise_together(world, error, "the state is partly changed: load again")
-    done = time.perf_counter()
+    timeline.add("restore", done, time.perf_counter())
     return Loaded(
         step=stored.step,
         num_tensors=sum(i >= 0 for i in match.ids),
@@ -118,7 +126,7 @@ def load_state(
         index_nbytes=stored.index_nbytes,
         missing=tuple(missing),
         extra=tuple(extra),
-        seconds={"plan": planned - start, "read": done - planned, "total": done - start},
+        seconds=timeline.seconds() | {"total": time.perf_counter() - start},
     )
 
 
