@@ -102,9 +102,7 @@ def contents(store: Store, step: int) -> StepContents:
             foreign.append(entry.key)
     nothing: tuple[str | None, frozenset[str] | None] = (None, frozenset())
     complete, needed = _said_by(store, names.manifest_key(step)) if names.MANIFEST in present else nothing
-    forgotten, forgotten_needed = (
-        _said_by(store, names.forgotten_key(step)) if names.FORGOTTEN in present else nothing
-    )
+    forgotten, forgotten_needed = _said_by(store, names.forgotten_key(step)) if names.FORGOTTEN in present else nothing
     found = [_attempt(store, step, name, entries, complete, forgotten) for name, entries in sorted(by_attempt.items())]
     return StepContents(
         step=step,

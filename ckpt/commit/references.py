@@ -68,7 +68,9 @@ def pin(store: Store, step: int, attempt: str, data: bytes) -> None:
     failpoints.hit("references.after-pin")
     folders = sorted({key.rsplit("/", 1)[0] for key in needed})
     with ThreadPoolExecutor(min(_LOOKS_AT_ONCE, len(folders)), thread_name_prefix="ckpt-references") as pool:
-        sizes = {key: n for found in pool.map(lambda folder: _files(store, folder), folders) for key, n in found.items()}
+        sizes = {
+            key: n for found in pool.map(lambda folder: _files(store, folder), folders) for key, n in found.items()
+        }
     for key, nbytes in sorted(needed.items()):
         if sizes.get(key) != nbytes:
             raise RankFailedError(

@@ -142,9 +142,7 @@ class StoredCheckpoint:
                 )
         return self._objects
 
-    def fragments(
-        self, tensors: NDArray[np.integer] | None = None, *, digests: bool = False
-    ) -> index.FragmentTable:
+    def fragments(self, tensors: NDArray[np.integer] | None = None, *, digests: bool = False) -> index.FragmentTable:
         """Fragments of the tensors with these ids; of all when None. `digests`: with their SHA-256, where stored."""
         record, specs = self.manifest.fragments, self.specs
         file = self._file(record, whole=tensors is None or len(tensors) * 2 > len(specs))

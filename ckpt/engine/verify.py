@@ -253,7 +253,11 @@ class _Verification:
         seen: set[tuple[int, int]] = set()
         for row in rows:
             stop = row.byte_offset + row.nbytes
-            key = self._stored.image_keys[row.writer] if 0 <= row.writer < len(self._stored.manifest.writers) else self._stored.folder
+            key = (
+                self._stored.image_keys[row.writer]
+                if 0 <= row.writer < len(self._stored.manifest.writers)
+                else self._stored.folder
+            )
             place: dict[str, Any] = {"start": row.byte_offset, "stop": stop, "object": row.name}
             try:
                 self._stored.read_object(row)

@@ -34,7 +34,9 @@ class ImageTable:
     header_bytes: int
     header_crc32c: int
     references: tuple[ReferenceRecord, ...] = ()  # images of earlier attempts that hold some of the rows; sorted
-    holder: NDArray[np.int32] | None = None  # [N] which of `references` holds the row, -1: this image; None: this image holds all
+    holder: NDArray[np.int32] | None = (
+        None  # [N] which of `references` holds the row, -1: this image; None: this image holds all
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
