@@ -108,8 +108,8 @@ def unmark_removing(store: Store, step: int, attempt: str) -> None:
 def manifests(store: Store, step: int) -> list[tuple[str, bytes]]:
     """What the manifest and the forgotten manifest of a step say now, with their keys.
 
-    Forgotten, complete, forgotten: `forget` and `unforget` write the new one before they delete the old one, so a step that changes
-    from one to the other meanwhile is seen as at least one of them.
+    Forgotten, complete, forgotten: `forget` and `unforget` write the new one before they delete the old one, so a step that
+    changes from one to the other meanwhile is seen as at least one of them.
     """
     found: dict[str, bytes] = {}
     for key in (names.forgotten_key(step), names.manifest_key(step), names.forgotten_key(step)):

@@ -23,7 +23,7 @@ from ckpt.errors import DamagedError, NotFoundError
 from ckpt.format import index, manifest
 from ckpt.format.checksum import sha256
 from ckpt.format.image import OBJECT_SLOT_BYTES
-from ckpt.format.manifest import FileRecord, Manifest
+from ckpt.format.manifest import FileRecord, Manifest, ReferenceRecord, WriterRecord
 from ckpt.format.receipt import ObjectRow
 from ckpt.format.spec import PieceTable, TensorSpec
 from ckpt.layout.box import Int64Array
@@ -95,7 +95,9 @@ class StoredCheckpoint:
     @cached_property
     def images(self) -> list[StoredImage]:
         """All images, by the number that the index has for them: of the writers, then those referred to."""
-        own = [(self.step, self.folder, writer) for writer in self.manifest.writers]
+        own: list[tuple[int, str, WriterRecord | ReferenceRecord]] = [
+            (self.step, self.folder, writer) for writer in self.manifest.writers
+        ]
         others = [(one.step, names.attempt_folder(one.step, one.attempt), one) for one in self.manifest.references]
         return [
             StoredImage(

@@ -1,8 +1,9 @@
 """Check every byte of one stored checkpoint, and go on after what is found.
 
 In: a stored checkpoint. Out: `Verified`: what was checked, and one `Finding` per damaged place. Covers the index files, the
-headers of all images, every block of every fragment, every object, sizes and absent files; of images of other steps that it refers
-to, the header and the blocks of its own fragments. The manifest was checked when the checkpoint was opened. Never writes, never holds more than a few chunks; an unreachable store is an error, not a finding.
+headers of all images, every block of every fragment, every object, sizes and absent files; of images of other steps that it
+refers to, the header and the blocks of its own fragments. The manifest was checked when the checkpoint was opened. Never writes,
+never holds more than a few chunks; an unreachable store is an error, not a finding.
 """
 
 from __future__ import annotations

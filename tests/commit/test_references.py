@@ -1,7 +1,7 @@
 """Goal: an image that a complete step refers to is never removed, whoever forgets, collects and saves at the same time.
 
-Method: small saves of opaque bytes whose manifests refer to one another; a whole forget and gc inside every single store call of a
-save, a whole save inside every single store call of a gc, and crashes at every write of both.
+Method: small saves of opaque bytes whose manifests refer to one another; a whole forget and gc inside every single store call
+of a save, a whole save inside every single store call of a gc, and crashes at every write of both.
 """
 
 from __future__ import annotations
