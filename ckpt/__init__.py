@@ -12,8 +12,8 @@ if TYPE_CHECKING:
     from ckpt.api import Checkpointer, async_save, load, open, save
     from ckpt.config import Options
     from ckpt.convert.zarr import zarr_store
-    from ckpt.engine.background import PendingSave
     from ckpt.engine.load import Loaded
+    from ckpt.engine.pending import PendingSave
     from ckpt.engine.save import Saved
     from ckpt.engine.view import Checkpoint, TensorView
     from ckpt.errors import (
@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from ckpt.format.objects import register_codec
     from ckpt.layout.box import Box
     from ckpt.layout.layout import Layout
+    from ckpt.snapshot.fence import Attached, attach, fence
     from ckpt.state import FlatOptimizerState, FlatShard, annotate
     from ckpt.state.elastic import ElasticLoader, ElasticSampler
     from ckpt.state.loader import Loader
@@ -46,7 +47,7 @@ _PLACES = {
     "save": "ckpt.api",
     "Options": "ckpt.config",
     "zarr_store": "ckpt.convert.zarr",
-    "PendingSave": "ckpt.engine.background",
+    "PendingSave": "ckpt.engine.pending",
     "Loaded": "ckpt.engine.load",
     "Saved": "ckpt.engine.save",
     "Checkpoint": "ckpt.engine.view",
@@ -64,6 +65,9 @@ _PLACES = {
     "register_codec": "ckpt.format.objects",
     "Box": "ckpt.layout.box",
     "Layout": "ckpt.layout.layout",
+    "Attached": "ckpt.snapshot.fence",
+    "attach": "ckpt.snapshot.fence",
+    "fence": "ckpt.snapshot.fence",
     "FlatOptimizerState": "ckpt.state",
     "FlatShard": "ckpt.state",
     "annotate": "ckpt.state",
@@ -75,6 +79,7 @@ _PLACES = {
 
 __all__ = [
     "AlreadyExistsError",
+    "Attached",
     "Box",
     "Checkpoint",
     "CheckpointError",
@@ -101,6 +106,8 @@ __all__ = [
     "VersionError",
     "annotate",
     "async_save",
+    "attach",
+    "fence",
     "load",
     "open",
     "register_codec",

@@ -10,136 +10,59 @@ import atexit
 import concurrent.futures.thread  # noqa: F401 - registers its own end first; see _finish_all
 import logging
 import os
+import signal
 import threading
-import weakref
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import Any, NoReturn
 
 import numpy as np
 import torch.distributed as dist
 
 from ckpt import config
-from ckpt.commit import find, retention
-from ckpt.commit.gc import collect_garbage
 from ckpt.config import Options
-from ckpt.engine.background import Background, PendingSave
 from ckpt.engine.load import Loaded, Rename, load_state
+from ckpt.engine.pending import PendingSave
 from ckpt.engine.read import Progress
 from ckpt.engine.reader import StoredCheckpoint
-from ckpt.engine.save import Attempt, Request, Saved, SaveSession
-from ckpt.engine.torch_world import current_world
+from ckpt.engine.run import LIVE, Run, State, Url
+from ckpt.engine.save import Request, Saved
 from ckpt.engine.view import Checkpoint
-from ckpt.engine.world import World
 from ckpt.errors import CheckpointError, InvalidInputError, NotFoundError, SaveFailedError
-from ckpt.format.spec import LocalState
+from ckpt.events import Sink, Timeline
 from ckpt.layout.document import to_document
 from ckpt.layout.layout import Layout
-from ckpt.state import Collector
-from ckpt.store.base import Store
+from ckpt.snapshot import fence
 from ckpt.store.open import open_store
 
 _log = logging.getLogger("ckpt")
 
-State = Mapping[str, Any]
-Url = str | os.PathLike[str]
 
-
-class Run:
-    """One run folder, as one rank of one process group uses it: store, world and save session.
-
-    Made by all ranks of the group together. Owned by the training thread.
-    """
-
-    def __init__(
-        self,
-        url: Url,
-        *,
-        group: dist.ProcessGroup | None = None,
-        options: Options | None = None,
-        storage_options: Mapping[str, Any] | None = None,
-        keep_last: int | None = None,
-    ) -> None:
-        self.options = config.from_environment(options)
-        self._keep_last = keep_last
-        self.store: Store = open_store(url, options=self.options, storage_options=storage_options)
-        self.world: World = current_world(group, self.options.exchange_timeout_s)
-        self._session = SaveSession(self.store, self.world, self.options)
-        self._collector = Collector()
-        self._background = Background()
-        self._pending: PendingSave | None = None
-        _live.add(self)
-
-    def save(self, state: State, request: Request, layout: Layout | None) -> Saved:
-        """Save and return when durable. All ranks call."""
-        self.check()
-        local, error = self._collect(state, layout)
-        saved = self._session.save(local, request, error)
-        self._retire()
-        return saved
-
-    def async_save(self, state: State, request: Request, layout: Layout | None) -> PendingSave:
-        """Copy the state, return, go on in the background. All ranks call."""
-        self.check()
-        local, error = self._collect(state, layout)
-        attempt = self._session.stage(local, request, error)
-        self._pending = PendingSave(request.step, self._background.submit(lambda: self._finish(attempt)))
-        return self._pending
-
-    def _finish(self, attempt: Attempt) -> Saved:
-        saved = self._session.finish(attempt)
-        self._retire()
-        return saved
-
-    def _retire(self) -> None:
-        """Rank 0 forgets what `keep_last` no longer keeps, and removes it. The save stands, whatever happens here."""
-        if self._keep_last is None or self.world.rank != 0:
-            return
-        try:
-            old = find.steps(self.store)[: -self._keep_last]
-            if old:
-                retention.forget(self.store, old)
-                collect_garbage(self.store, options=self.options)
-        except CheckpointError as error:
-            _log.warning("old checkpoints in %s could not be removed: %s", self.store.url, error.message)
-
-    def check(self) -> None:
-        """Wait for the save that is still on its way; SaveFailedError if it failed and nobody asked it."""
-        pending, self._pending = self._pending, None
-        if pending is None:
-            return
-        try:
-            pending.wait()
-        except Exception as error:
-            raise SaveFailedError(
-                f"the background save of step {pending.step} failed: {_first_line(error)}",
-                hints=("the checkpoints before it are untouched; saving again is safe",),
-            ) from error
-
-    def close(self) -> None:
-        """Finish the save on its way and let go of thread and store. May be called twice."""
-        try:
-            self.check()
-        finally:
-            self._background.close()
-            self.store.close()
-
-    def _collect(self, state: State, layout: Layout | None) -> tuple[LocalState, BaseException | None]:
-        try:
-            return self._collector.collect(state, rank=self.world.rank, world=self.world.size, layout=layout), None
-        except CheckpointError as error:  # the other ranks must hear of it before this one raises
-            return LocalState.empty(), error
-
-
-_live: weakref.WeakSet[Run] = weakref.WeakSet()
+_ending: dict[str, float] = {}  # "grace_s": set when the process was told to end
 
 
 def _finish_all() -> None:
     """A process that ends waits for the saves on their way; one that failed and was never asked about is logged."""
-    for run in list(_live):
+    for run in list(LIVE):
         try:
-            run.check()
+            run.close(_ending.get("grace_s"))
         except SaveFailedError as error:
             _log.error("%s", error.message)
+
+
+def _end_orderly(grace_s: float) -> None:
+    """Let SIGTERM end this process as `sys.exit(143)` does, with at most `grace_s` for the saves on their way.
+
+    Only in the main thread, and only where nobody else handles the signal.
+    """
+    if threading.current_thread() is not threading.main_thread() or signal.getsignal(signal.SIGTERM) != signal.SIG_DFL:
+        return
+
+    def end(number: int, _frame: object) -> NoReturn:
+        _ending["grace_s"] = grace_s
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)  # a second one ends the process at once
+        raise SystemExit(128 + number)
+
+    signal.signal(signal.SIGTERM, end)
 
 
 # Before concurrent.futures stops its pools, which stores write with; plain `atexit` comes after that.
@@ -209,10 +132,12 @@ def async_save(
     options: Options | None = None,
     storage_options: Mapping[str, Any] | None = None,
 ) -> PendingSave:
-    """Like `save`, but return once the state may be changed; the rest goes on in a thread of this process.
+    """Like `save`, but return before the state is stored; the rest goes on in threads of this process.
 
-    One save is on its way at a time: a second call waits for the first. A failure is raised by `pending.wait()` and by the
-    next call for this run. The host holds one copy of the rank's part of the state.
+    Tensors of attached optimizers (`ckpt.attach`) are copied while training goes on, until just before their next step; all
+    others are copied before this returns. At most `images_max` saves are on their way, each with one copy of the rank's part
+    of the state in host memory; a call when all are waits (option `when_busy`). A failure is raised by `pending.wait()` and at
+    the next call for this run.
     """
     run = _run_of(url, process_group, options, storage_options)
     return run.async_save(state, _request(step, metrics, metadata, layout), layout)
@@ -291,17 +216,21 @@ def _request(step: int, metrics: Any, metadata: Any, layout: Layout | None) -> R
     return Request(step=step, metrics=dict(metrics or {}), metadata=dict(metadata or {}), layout=document)
 
 
-def _first_line(error: BaseException) -> str:
-    return error.message if isinstance(error, CheckpointError) else f"{type(error).__name__}: {error}"
-
-
 class Checkpointer:
     """The training-loop form: `restore` once, `step` at every step, `close` at the end. All ranks make and call it alike.
+
+    Saves in the background are copied while training goes on: `step` attaches the optimizers in the state, whose next step then
+    waits for what is not copied yet (`ckpt.attach`). SIGTERM ends the process as `sys.exit` would, after the saves on their way
+    or `terminate_grace_s`, unless the program handles the signal itself.
 
     Args:
         every: save when the step is a multiple of this.
         keep_last: keep this many newest checkpoints, remove older ones after each save; None keeps all.
         background: False makes every save block until it is durable.
+        sinks: where events go besides the log of the run (ckpt.observe).
+
+    Attributes:
+        skipped: saves that were due and left out because the ones before were not over (option `when_busy="skip"`).
     """
 
     def __init__(
@@ -315,20 +244,42 @@ class Checkpointer:
         process_group: dist.ProcessGroup | None = None,
         options: Options | None = None,
         storage_options: Mapping[str, Any] | None = None,
+        sinks: Sequence[Sink] = (),
     ) -> None:
         if every < 1 or (keep_last is not None and keep_last < 1):
             raise InvalidInputError(f"every and keep_last must be at least 1, found {every} and {keep_last}")
         self._every, self._background, self._layout = every, background, layout
-        self._run = Run(url, group=process_group, options=options, storage_options=storage_options, keep_last=keep_last)
+        self._run = Run(
+            url, group=process_group, options=options, storage_options=storage_options, keep_last=keep_last, sinks=sinks
+        )
+        _end_orderly(self._run.options.terminate_grace_s)
+
+    @property
+    def skipped(self) -> int:
+        return self._run.skipped
 
     def restore(self, state: State, *, strict: bool = True, rename: Rename = None) -> int | None:
-        """Load the newest complete checkpoint into `state`; its step, or None when the run has none. All ranks call."""
+        """Load the newest complete checkpoint into `state`; its step, or None when the run has none. All ranks call.
+
+        Also gets ready for the first save, as `prepare` does.
+        """
         run = self._run
+        step: int | None = None
         try:
             stored = _open_together(run, None)
+            step = load_state(stored, state, run.world, layout=self._layout, strict=strict, rename=rename).step
         except NotFoundError:
-            return None
-        return load_state(stored, state, run.world, layout=self._layout, strict=strict, rename=rename).step
+            pass
+        self.prepare(state)
+        return step
+
+    def prepare(self, state: State) -> None:
+        """Plan, take memory and start threads now, so that the first save costs no more than later ones. All ranks call.
+
+        `restore` does it, too; it is worth a call of its own once the optimizer has its slots, when nothing was restored.
+        """
+        self._attach(state)
+        self._run.prepare(state, self._layout)
 
     def step(
         self,
@@ -338,19 +289,29 @@ class Checkpointer:
         metrics: Mapping[str, float] | None = None,
         metadata: Mapping[str, Any] | None = None,
     ) -> PendingSave | None:
-        """Save when it is time. Returns the save on its way, or None when there was nothing to do. All ranks call."""
+        """Save when it is time. Returns the save on its way, or None when there was nothing to do. All ranks call.
+
+        Raises:
+            SaveFailedError: an earlier save failed, with its step and cause; this one is on its way all the same. `busy`: the
+                saves before are not over and the policy is to fail.
+        """
         if step % self._every:
             return None
         request = _request(step, metrics, metadata, self._layout)
         if self._background:
-            pending = self._run.async_save(state, request, self._layout)
-        else:
-            pending = PendingSave.done_with(self._run.save(state, request, self._layout))
-        return pending
+            self._attach(state)
+            return self._run.async_save(state, request, self._layout)
+        saved = self._run.save(state, request, self._layout)
+        return PendingSave.over(step, Timeline(), saved)
+
+    def _attach(self, state: State) -> None:
+        found = list(fence.find_optimizers(state))
+        if found:
+            fence.attach(*found)
 
     def close(self) -> None:
-        """Wait for the save on its way and let go of everything. May be called twice."""
-        self._run.close()
+        """Wait for the saves on their way and let go of everything. May be called twice."""
+        self._run.close(_ending.get("grace_s"))
 
     def __enter__(self) -> Checkpointer:
         return self

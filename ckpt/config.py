@@ -26,6 +26,14 @@ class Options:
     poll_max_s: float = 0.25  # longest pause between looks
     chunk_bytes: int = 16 * MIB  # one buffer of the write path, a multiple of 4 KiB
     copy_threads: int = 2  # of one rank, for copies and checksums
+    copy_nice: int = 5  # priority of background copies, 0 (as training) to 19
+    flush_nice: int = 10  # priority of background checksums and writes, 0 to 19
+    images_max: int = 2  # of a rank's state in host memory at a time, for saves in the background: 1 or 2
+    when_busy: str = "wait"  # a save is due and all images are on their way: wait, skip it, or fail
+    check_fence: bool = (
+        False  # find tensors that change while they are copied; costs another copy of the state per save
+    )
+    terminate_grace_s: float = 30.0  # a Checkpointer that gets SIGTERM has so long to finish its saves
     write_buffers: int = 3  # buffers of the write path per save
     read_bytes_max: int = 16 * MIB  # one read
     read_gap_bytes_max: int = 16 * KIB  # two ranges nearer than this are read as one
@@ -47,12 +55,19 @@ class Options:
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):
             value = getattr(self, field.name)
-            if not isinstance(value, bool | str) and value <= 0:
+            if not isinstance(value, bool | str) and value <= 0 and not (value == 0 and field.name in _ZERO_ALLOWED):
                 raise InvalidInputError(f"option `{field.name}` must be positive, found {value}")
         if self.chunk_bytes % (4 * KIB):  # no element lies across two chunks, and each is written around the page cache
             raise InvalidInputError(f"option `chunk_bytes` must be a multiple of 4,096, found {self.chunk_bytes}")
         if self.exchange not in ("auto", "always", "never"):
             raise InvalidInputError(f"option `exchange` must be auto, always or never, found {self.exchange!r}")
+        if self.when_busy not in ("wait", "skip", "fail"):
+            raise InvalidInputError(f"option `when_busy` must be wait, skip or fail, found {self.when_busy!r}")
+        if self.images_max > 2:
+            raise InvalidInputError(f"option `images_max` must be 1 or 2, found {self.images_max}")
+
+
+_ZERO_ALLOWED = ("copy_nice", "flush_nice", "terminate_grace_s")
 
 
 def from_environment(base: Options | None = None, **changes: object) -> Options:

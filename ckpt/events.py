@@ -17,6 +17,7 @@ from typing import Any, Literal, Protocol
 _log = logging.getLogger("ckpt")
 
 Operation = Literal["save", "load"]
+Outcome = Literal["ok", "failed", "skipped"]
 
 # The phases of a save in their order. `walk` to `call` are spent in the call, on the training thread; `fence` is what the
 # training thread waited later for copies; the others run in the background of an async save.
@@ -50,7 +51,7 @@ class Event:
     start_s: float  # seconds since the epoch
     seconds: float
     nbytes: int = 0  # moved in this phase; 0 where nothing is
-    outcome: Literal["ok", "failed", "skipped"] = "ok"
+    outcome: Outcome = "ok"
     detail: dict[str, Any] = field(default_factory=dict)  # JSON: error message, whether direct I/O was used, ...
 
 
@@ -130,7 +131,7 @@ class Events:
         attempt: str,
         rank: int,
         world: int,
-        outcome: Literal["ok", "failed", "skipped"] = "ok",
+        outcome: Outcome = "ok",
         error: str = "",
     ) -> None:
         """Tell the sinks of one save or load that is over."""
@@ -153,7 +154,7 @@ class Events:
         ]
         with self._lock:
             for sink in list(self._sinks):
-                self._guarded(sink, lambda sink=sink: sink.emit(events))  # type: ignore[misc]
+                self._guarded(sink, lambda sink=sink: sink.emit(events))
 
     def close(self) -> None:
         """Close the sinks. May be called twice."""

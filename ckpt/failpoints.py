@@ -22,6 +22,7 @@ from ckpt.errors import CheckpointError, InvalidInputError
 
 # Every failpoint and what it cuts. A name that is not here is a bug at the call and a usage error in the environment.
 KNOWN = {
+    "stage.before-chunk": "a chunk is about to be copied in the background",
     "save.before-image": "step 1: nothing is written yet",
     "save.in-image": "step 1: some of the rank's image is written: after each chunk",
     "save.before-image-commit": "step 1: all of the image is written, it is not durable",

@@ -23,10 +23,9 @@ import ckpt.commit.publish as publishing
 from ckpt.commit import names
 from ckpt.commit.assemble import Assembled, Assembler
 from ckpt.config import Options
-from ckpt.engine.pack import Packer, PackProgram, make_program
 from ckpt.engine.read import Progress, run_reads
 from ckpt.engine.reader import StoredCheckpoint
-from ckpt.engine.save import PROGRAM, allocate
+from ckpt.engine.save import PROGRAM
 from ckpt.errors import CheckpointError
 from ckpt.format import manifest
 from ckpt.format.checksum import choose_block_bytes
@@ -41,6 +40,8 @@ from ckpt.layout.document import to_document
 from ckpt.layout.layout import Layout
 from ckpt.plan.read import ReadPlan, contiguous_strides
 from ckpt.plan.reshard import plan_targets
+from ckpt.snapshot.images import allocate
+from ckpt.snapshot.pack import Packer, PackProgram, bind, make_program
 from ckpt.store.base import Store, Writer
 
 MEMORY_FRACTION = 4  # the default budget is a quarter of the memory that is free
@@ -281,7 +282,7 @@ class _Reshard:
         nowhere = np.zeros(len(boxes), np.uint64)
         pieces = PieceTable(boxes=boxes, address=nowhere, limit=nowhere, strides=np.zeros_like(boxes.offsets))
         payloads = [b""] * len(image.rows)
-        return Packer(image.program, pieces, payloads, threads=self._options.copy_threads)
+        return Packer(bind(image.program, pieces), payloads, threads=self._options.copy_threads)
 
     def _batches(self) -> Iterator[list[_Part]]:
         """Parts in order of images, as many at once as the budget takes."""

@@ -107,10 +107,12 @@ class LocalState:
     specs: list[TensorSpec]  # sorted by name; all that this rank knows, also those of which it holds no element
     pieces: PieceTable  # `boxes.tensor` indexes `specs`
     objects: list[StoredObject]  # sorted by name; empty for a load target
-    keep_alive: tuple[object, ...] = ()  # owners of the memory that `pieces` points into
+    keep_alive: tuple[object, ...] = ()  # owners of the memory that `pieces` points into; see `ckpt.state.memory`
     describe: Callable[[], dict[str, Any] | None] = lambda: (
         None
     )  # how the tensors lie, for the saved layout (JSON values)
+    storage_of_piece: NDArray[np.uint64] | None = None  # [N] where the block of memory begins that piece i is a part of
+    on_device: NDArray[np.bool_] | None = None  # [N] `address` is a device's, not the host's; None: all on the host
 
     @staticmethod
     def empty() -> LocalState:

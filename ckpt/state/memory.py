@@ -1,6 +1,9 @@
 """Parts to a table of pieces in host memory, with copies of what lies on a device.
 
 In: `Part`s. Out: `PieceTable`, the owners of its memory, and the way back to the device. Never interprets names.
+
+The owners are one per part, in order: `keep_alive[pieces.boxes.tensor[i]]` owns piece i. The owner of memory on a device
+is always the tensor itself, so that `device_view` can make a tensor of any of its pieces.
 """
 
 from __future__ import annotations
@@ -14,9 +17,10 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from ckpt.errors import InvalidInputError
-from ckpt.format.spec import PieceTable
+from ckpt.format.spec import LocalState, PieceTable
 from ckpt.layout.box import BoxTable
 from ckpt.layout.placement import Placed
 from ckpt.state.tensors import Part, local_lengths, overlaps_itself
@@ -27,7 +31,9 @@ class HostMemory:
     """The memory of some parts, on the host."""
 
     pieces: PieceTable  # `boxes.tensor` is the index of the part
-    keep_alive: tuple[object, ...]  # owners of the memory
+    storage: NDArray[np.uint64]  # [N] where the torch storage of each piece begins
+    on_device: NDArray[np.bool_] | None  # [N] pieces whose memory the host cannot read; None: there are none
+    keep_alive: tuple[object, ...]  # owners of the memory, one per part
     to_device: Callable[[], None]  # copy staged parts back to where they came from; for load targets
 
 
@@ -54,13 +60,17 @@ class SourceMemory:
     """
 
     def __init__(self) -> None:
-        self._last: tuple[_Facts, PieceTable] | None = None
+        self._last: tuple[_Facts, PieceTable, NDArray[np.uint64]] | None = None
 
-    def of(self, parts: Sequence[Part]) -> HostMemory:
-        """The memory of these parts. Device copies run on a side stream that waits for the current one, and are complete
-        on return."""
-        staged = _HostCopies()
-        tensors = [staged.host_of(part.located.memory) for part in parts]
+    def of(self, parts: Sequence[Part], *, stage_devices: bool = True) -> HostMemory:
+        """The memory of these parts.
+
+        Device copies run on a side stream that waits for the current one, and are complete on return. Without
+        `stage_devices` the memory of CUDA tensors is given as it is, on the device: whoever reads it takes care of the
+        streams.
+        """
+        staged = _HostCopies(stage_cuda=stage_devices)
+        tensors = [staged.readable(part.located.memory) for part in parts]
         staged.wait()
         facts = _facts(parts, tensors)
         if self._last is None or self._last[0] != facts:
@@ -68,8 +78,34 @@ class SourceMemory:
             table = _table(facts)
             if boxes is not None and _equal(boxes, table.boxes):  # other addresses, the same boxes
                 table = dataclasses.replace(table, boxes=boxes)
-            self._last = (facts, table)
-        return HostMemory(pieces=self._last[1], keep_alive=tuple(tensors), to_device=_nothing)
+            self._last = (facts, table, np.array(facts.storage, np.uint64)[table.boxes.tensor])
+        return _memory(self._last[1], self._last[2], tensors)
+
+
+def _memory(
+    pieces: PieceTable,
+    storage: NDArray[np.uint64],
+    tensors: Sequence[torch.Tensor],
+    to_device: Callable[[], None] = lambda: None,
+) -> HostMemory:
+    on_host = [tensor.is_cpu for tensor in tensors]
+    on_device = None if all(on_host) else ~np.array(on_host, np.bool_)[pieces.boxes.tensor]
+    keep_alive = tuple(tensors)
+    return HostMemory(pieces=pieces, storage=storage, on_device=on_device, keep_alive=keep_alive, to_device=to_device)
+
+
+def device_view(local: LocalState, row: int) -> torch.Tensor:
+    """Piece `row` of a state that was collected with `stage_devices=False`, as a tensor of the shape of its box.
+
+    It shares the memory of the user's tensor, and keeps it alive. For pieces on a device.
+    """
+    pieces, number = local.pieces, int(local.pieces.boxes.tensor[row])
+    owner, dims = local.keep_alive[number], len(local.specs[number].shape)
+    assert isinstance(owner, torch.Tensor)
+    itemsize, storage = owner.element_size(), owner.untyped_storage()
+    strides = [stride // itemsize for stride in pieces.strides[row, :dims].tolist()]
+    start = (int(pieces.address[row]) - storage.data_ptr()) // itemsize
+    return owner.as_strided(pieces.boxes.lengths[row, :dims].tolist(), strides, start)
 
 
 def _equal(one: BoxTable, other: BoxTable) -> bool:
@@ -103,20 +139,22 @@ def target_memory(parts: Sequence[Part], *, filled: Sequence[bool]) -> HostMemor
             buffer.copy_(memory)
         tensors.append(buffer)
         back.append((memory, buffer))
-    return HostMemory(
-        pieces=_table(_facts(parts, tensors)), keep_alive=tuple(tensors), to_device=lambda: _copy_to_devices(back)
-    )
+    facts = _facts(parts, tensors)
+    table = _table(facts)
+    storage = np.array(facts.storage, np.uint64)[table.boxes.tensor]
+    return _memory(table, storage, tensors, to_device=lambda: _copy_to_devices(back))
 
 
 class _HostCopies:
     """Copies of device tensors in pinned host memory, made on one side stream per device. One owner, one thread."""
 
-    def __init__(self) -> None:
+    def __init__(self, *, stage_cuda: bool) -> None:
+        self._stage_cuda = stage_cuda
         self._streams: dict[torch.device, torch.cuda.Stream] = {}
 
-    def host_of(self, memory: torch.Tensor) -> torch.Tensor:
-        """The tensor itself on the host, else a copy that is complete after `wait`."""
-        if memory.is_cpu:
+    def readable(self, memory: torch.Tensor) -> torch.Tensor:
+        """The tensor itself on the host, or where CUDA tensors are left there; else a copy, complete after `wait`."""
+        if memory.is_cpu or (memory.is_cuda and not self._stage_cuda):
             return memory.resolve_conj().resolve_neg() if memory.is_neg() or memory.is_conj() else memory
         if memory.device.type != "cuda":
             return memory.cpu()
@@ -150,10 +188,6 @@ def _copy_to_devices(back: Sequence[tuple[torch.Tensor, torch.Tensor]]) -> None:
         torch.cuda.current_stream(device).synchronize()
 
 
-def _nothing() -> None:
-    return None
-
-
 @dataclass(frozen=True, kw_only=True)
 class _Facts:
     """All that a table is made of, one entry per part. Lists of what is mostly the same objects compare fast."""
@@ -164,17 +198,20 @@ class _Facts:
     itemsizes: list[int]
     address: list[int]
     limit: list[int]
+    storage: list[int]
 
 
 def _facts(parts: Sequence[Part], tensors: Sequence[torch.Tensor]) -> _Facts:
     storages = [tensor.untyped_storage() for tensor in tensors]
+    starts = [storage.data_ptr() for storage in storages]
     return _Facts(
         shapes=[part.located.shape for part in parts],
         placed=[part.located.placed for part in parts],
         strides=[tensor.stride() for tensor in tensors],
         itemsizes=[tensor.element_size() for tensor in tensors],
         address=[tensor.data_ptr() for tensor in tensors],
-        limit=[storage.data_ptr() + storage.nbytes() for storage in storages],
+        limit=[start + storage.nbytes() for start, storage in zip(starts, storages, strict=True)],
+        storage=starts,
     )
 
 

@@ -19,7 +19,7 @@ import torch
 from torch.optim import Optimizer
 
 from ckpt.errors import InvalidInputError
-from ckpt.format.objects import TensorRef, Tree, encode
+from ckpt.format.objects import Tree, encode
 from ckpt.format.spec import StoredObject, TensorSpec
 from ckpt.state.groups import NamedGroup, group_actions, parse_hyperparameters, saved_groups
 from ckpt.state.holders import Action, Saved, StoredTensors, Wanted
@@ -42,6 +42,32 @@ class _Slots:
     tensors: dict[str, torch.Tensor] = field(default_factory=dict)  # by path below the parameter: "exp_avg", "list/0"
 
 
+@dataclass(frozen=True, kw_only=True)
+class ParamNames:
+    """Names of the parameters of some optimizers. Holds no tensor."""
+
+    groups: Sequence[Sequence[tuple[str, ...]]]  # of each group of each optimizer
+    states: Sequence[tuple[str, ...]]  # of the parameters that have state, in order of the optimizers' states
+
+
+def optimizer_object(name: str, optimizers: Sequence[Optimizer], names: ParamNames) -> StoredObject:
+    """The hyperparameters and the state that is no tensor, as they are now. `name`: the state key."""
+    all_groups = [group for optimizer in optimizers for group in optimizer.param_groups]
+    groups = [NamedGroup(params=params, values=g) for params, g in zip(names.groups, all_groups, strict=True)]
+    states = [state for optimizer in optimizers for state in inner_optimizer(optimizer).state.values() if state]
+    param_state: dict[str, dict[str, Tree]] = {}
+    for param, state in zip(names.states, states, strict=True):
+        trees = {
+            slot: take_tensors(value, slot_name(name, param[0], slot))[0]
+            for slot, value in state.items()
+            if not isinstance(value, torch.Tensor)
+        }
+        if trees:
+            param_state.update(dict.fromkeys(param, trees))
+    tree = {"groups": saved_groups(groups, name=name), "param_state": param_state}
+    return StoredObject(name=name, kind="optimizer", payload=encode(tree, name=name))
+
+
 class OptimizerHolder:
     """The optimizers under one state key. Owned by one walk."""
 
@@ -58,20 +84,19 @@ class OptimizerHolder:
     def save(self) -> Saved:
         """Every slot of every parameter that has state, and the hyperparameters."""
         parts: list[Part] = []
-        param_state: dict[str, dict[str, Tree]] = {}
         for optimizer in self._optimizers:
             for param, state in self._states(optimizer):
-                scalars: dict[str, Tree] = {}
                 for slot, value in state.items():
-                    tree, tensors = take_tensors(value, slot_name(self._name, param.names[0], slot))
+                    _, tensors = take_tensors(value, slot_name(self._name, param.names[0], slot))
                     parts += [self._part(param, slot, path, tensor) for path, tensor in tensors.items()]
-                    if not isinstance(tree, TensorRef):
-                        scalars[slot] = tree
-                if scalars:
-                    param_state.update(dict.fromkeys(param.names, scalars))
-        groups = saved_groups(self._groups(), name=self._name)
-        payload = encode({"groups": groups, "param_state": param_state}, name=self._name)
-        return Saved(parts=parts, objects=[StoredObject(name=self._name, kind="optimizer", payload=payload)])
+        return Saved(parts=parts, objects=[optimizer_object(self._name, self._optimizers, self.names())])
+
+    def names(self) -> ParamNames:
+        """Names of all parameters, for `optimizer_object`."""
+        return ParamNames(
+            groups=[group.params for group in self._groups()],
+            states=[param.names for optimizer in self._optimizers for param, _ in self._states(optimizer)],
+        )
 
     def load(self, stored: StoredTensors) -> Wanted:
         """All stored slots of this rank's parameters, in place where the optimizer has them already."""
@@ -81,7 +106,7 @@ class OptimizerHolder:
         loaded: list[_Slots] = []
         for optimizer in self._optimizers:
             for param, group in self._local_params(optimizer):
-                slots = _Slots(param=param, state=_inner(optimizer).state)
+                slots = _Slots(param=param, state=inner_optimizer(optimizer).state)
                 wanted = below.get(id(param.tensor), {})
                 if wanted:
                     parts += self._wanted(slots, wanted, group)
@@ -168,7 +193,7 @@ class OptimizerHolder:
         return out
 
     def _states(self, optimizer: Optimizer) -> Iterator[tuple[Param, Mapping[str, Any]]]:
-        for tensor, state in _inner(optimizer).state.items():
+        for tensor, state in inner_optimizer(optimizer).state.items():
             if id(tensor) not in self._params:
                 what = (
                     f"parameter of shape {tuple(tensor.shape)}"
@@ -182,7 +207,7 @@ class OptimizerHolder:
                 yield self._params[id(tensor)], state
 
     def _local_params(self, optimizer: Optimizer) -> Iterator[tuple[Param, Mapping[str, Any]]]:
-        for group in _inner(optimizer).param_groups:
+        for group in inner_optimizer(optimizer).param_groups:
             for tensor in group["params"]:
                 yield self._params[id(tensor)], group
 
@@ -205,7 +230,7 @@ def _is_zero(optimizer: Optimizer) -> bool:
     return module is not None and isinstance(optimizer, module.ZeroRedundancyOptimizer)
 
 
-def _inner(optimizer: Optimizer) -> Optimizer:
+def inner_optimizer(optimizer: Optimizer) -> Optimizer:
     """The optimizer that has the state: of a ZeroRedundancyOptimizer the one of this rank's share of the parameters."""
     if not _is_zero(optimizer):
         return optimizer
@@ -250,4 +275,4 @@ def _install_action(slots: _Slots, values: Mapping[str, Any]) -> Action:
 
 
 def _sync_action(optimizer: Any) -> Action:
-    return lambda: optimizer._sync_param_groups(optimizer.param_groups, _inner(optimizer).param_groups)
+    return lambda: optimizer._sync_param_groups(optimizer.param_groups, inner_optimizer(optimizer).param_groups)

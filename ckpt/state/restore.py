@@ -85,7 +85,12 @@ def target(
         filled = [any(name in tensors.by_name for name in (p.spec.name, *p.spec.aliases)) for p in parts]
         memory = target_memory(parts, filled=filled)
     local = LocalState(
-        specs=[part.spec for part in parts], pieces=memory.pieces, objects=[], keep_alive=memory.keep_alive
+        specs=[part.spec for part in parts],
+        pieces=memory.pieces,
+        objects=[],
+        keep_alive=memory.keep_alive,
+        storage_of_piece=memory.storage,
+        on_device=memory.on_device,
     )
     return LoadTarget(
         local=local,

@@ -111,6 +111,14 @@ def annotated(name: str, tensor: torch.Tensor) -> Located | None:
     return Located(shape=note.shape, placed=note.placed, memory=plain_memory(name, tensor))
 
 
+def notes_of(tensors: Sequence[torch.Tensor]) -> list[tuple[int, object]]:
+    """Position and note of the tensors that were annotated, as plain values that can be compared and kept."""
+    if not _annotations.data:
+        return []
+    noted = {id(tensor): note for tensor, note in _annotations.items()}  # type: ignore[no-untyped-call]
+    return [(index, noted[id(tensor)]) for index, tensor in enumerate(tensors) if id(tensor) in noted]
+
+
 def part(name: str, role: str, located: Located, *, source: str, aliases: Sequence[str] = ()) -> Part:
     """A part of the state, checked."""
     if not located.is_checked:

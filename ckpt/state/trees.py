@@ -12,16 +12,18 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch.distributed.tensor import DTensor
 
 from ckpt.config import OBJECT_DEPTH_MAX
 from ckpt.errors import InvalidInputError, MismatchError
 from ckpt.format.objects import TensorRef, Tree, register_codec, rewrite
 from ckpt.state.dtypes import dtype_name, torch_dtype
 
-_DICTS = (dict, collections.OrderedDict, collections.defaultdict)
+DICTS = (dict, collections.OrderedDict, collections.defaultdict)
 _LISTS = (list, tuple, collections.deque)
-_CONTAINERS = frozenset((*_DICTS, *_LISTS))
-_LEAVES = frozenset((int, float, str, bool, bytes, type(None)))
+CONTAINERS = frozenset((*DICTS, *_LISTS))
+LEAVES = frozenset((int, float, str, bool, bytes, type(None)))
+PLAIN_KINDS = LEAVES | {torch.Tensor, torch.nn.Parameter, DTensor}
 
 register_codec(torch.Size, tag="torch.Size", to_tree=list, from_tree=torch.Size)
 register_codec(torch.device, tag="torch.device", to_tree=str, from_tree=torch.device)
@@ -42,13 +44,13 @@ def take_tensors(value: Any, name: str) -> tuple[Tree, dict[str, torch.Tensor]]:
 def _taken(item: Any, path: str, depth: int, tensors: dict[str, torch.Tensor], root: str) -> Any:
     """A copy of a value that is no tensor; the tensors in it are added to `tensors`."""
     kind = type(item)
-    if kind not in _CONTAINERS:
+    if kind not in CONTAINERS:
         return item
     if depth >= OBJECT_DEPTH_MAX:
         raise InvalidInputError(f"`{path[:200]}` is nested deeper than {OBJECT_DEPTH_MAX}", kind="too-deep")
     taken: list[Any] = []
-    for key, one in item.items() if kind in _DICTS else enumerate(item):
-        if type(one) in _LEAVES:
+    for key, one in item.items() if kind in DICTS else enumerate(item):
+        if type(one) in LEAVES:
             taken.append(one)
         elif isinstance(one, torch.Tensor):
             below = f"{path}/{key}"
@@ -99,9 +101,11 @@ def holds_only_plain(value: Any, is_special: Callable[[Any], bool], depth: int =
     """True when nothing in the nested value is special."""
     if depth > OBJECT_DEPTH_MAX or is_special(value):
         return depth > OBJECT_DEPTH_MAX
-    if type(value) in _CONTAINERS:
-        for item in value.values() if type(value) in _DICTS else value:
-            # Most are tensors of one class: told by their class, which is fast.
+    if type(value) in CONTAINERS:
+        items = value.values() if type(value) in DICTS else value
+        if set(map(type, items)) <= PLAIN_KINDS:  # of thousands of tensors, told by their classes at once
+            return True
+        for item in items:
             if not (isinstance(item, torch.Tensor) or holds_only_plain(item, is_special, depth + 1)):
                 return False
     return True
@@ -112,7 +116,7 @@ def merge(current: Any, stored: Any) -> Any:
 
     Keys that only the current value has stay. Tensors are taken as they are: their bytes were loaded in place.
     """
-    if type(current) in _DICTS and type(stored) in _DICTS:
+    if type(current) in DICTS and type(stored) in DICTS:
         for key, value in stored.items():
             current[key] = merge(current[key], value) if key in current else value
         return current

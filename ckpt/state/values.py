@@ -5,7 +5,7 @@ In: values of a state. Out: parts, objects, actions. Never calls `load_state_dic
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -18,6 +18,15 @@ from ckpt.state.locate import Locator, ParamTable
 from ckpt.state.rows import Rows
 from ckpt.state.tensors import Part, part
 from ckpt.state.trees import merge, put_tensors, take_tensors
+
+
+def value_object(name: str, value: Any) -> StoredObject:
+    """A plain value or what `state_dict()` gave, its tensors replaced by references. `name`: the state key."""
+    return _object(name, take_tensors(value, name)[0])
+
+
+def _object(name: str, tree: Tree) -> StoredObject:
+    return StoredObject(name=name, kind="replicated", payload=encode(tree, name=name))
 
 
 class _TreeHolder:
@@ -51,8 +60,7 @@ class _TreeHolder:
         parts = [self._part(name, tensor) for name, tensor in tensors.items()]
         if isinstance(value, torch.Tensor):
             return Saved(parts=parts)
-        payload = encode(tree, name=self._name)
-        return Saved(parts=parts, objects=[StoredObject(name=self._name, kind="replicated", payload=payload)])
+        return Saved(parts=parts, objects=[_object(self._name, tree)])
 
     def load(self, stored: StoredTensors) -> Wanted:
         """Tensors in place where the value has them, else new ones; the tree once their bytes are there."""
@@ -105,12 +113,14 @@ class PlainHolder(_TreeHolder):
 class StatefulHolder(_TreeHolder):
     """Anything with `state_dict()` and `load_state_dict()`: schedulers, scalers, a user's own classes."""
 
-    def __init__(self, name: str, owner: Any, locator: Locator) -> None:
+    def __init__(self, name: str, owner: Any, locator: Locator, taken: Mapping[str, Any]) -> None:
         super().__init__(name, locator)
         self._owner = owner
+        self._taken_before = taken  # by key: what a `state_dict()` of this walk gave already
 
     def _value(self) -> Any:
-        return self._owner.state_dict()
+        known = self._name in self._taken_before
+        return self._taken_before[self._name] if known else self._owner.state_dict()
 
     def _install(self, tree: Tree) -> None:
         self._owner.load_state_dict(tree)

@@ -6,45 +6,43 @@ communicates with nobody, changes nothing.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, MutableMapping, Sequence
+import dataclasses
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import torch
-from torch import nn
 from torch.optim import Optimizer
 
 from ckpt.errors import InvalidInputError
 from ckpt.format.spec import LocalState, StoredObject, TensorSpec
 from ckpt.layout.layout import Layout
-from ckpt.state.describe import describe_parts
+from ckpt.state.describe import describe, lies
+from ckpt.state.entries import Entry, all_are, as_list, entries_of
 from ckpt.state.flat import FlatOptimizerHolder, FlatOptimizerState, FlatShard, FlatShardHolder
 from ckpt.state.holders import Holder
 from ckpt.state.loader import is_loader
 from ckpt.state.locate import Locator, ParamTable
 from ckpt.state.memory import SourceMemory, collector_paused
 from ckpt.state.modules import ModuleHolder
-from ckpt.state.names import check_key
-from ckpt.state.optimizers import OptimizerHolder
+from ckpt.state.optimizers import OptimizerHolder, ParamNames, optimizer_object
 from ckpt.state.per_rank import LoaderHolder, RngHolder
 from ckpt.state.rng import RNG
+from ckpt.state.sight import Facts, Sight, look, same_leaf
 from ckpt.state.tensors import Part
-from ckpt.state.trees import holds_only_plain
-from ckpt.state.values import PlainHolder, StatefulHolder
+from ckpt.state.values import PlainHolder, StatefulHolder, value_object
 
 Named = Iterable[tuple[str, torch.Tensor]]
 
 
-@dataclass(frozen=True, kw_only=True)
-class _Entry:
-    name: str
-    value: Any
-    assign: Callable[[Any], None]
-    kind: Literal["module", "plain", "other"]
-
-
 def collect(
-    state: Mapping[str, Any], *, rank: int, world: int, layout: Layout | None = None, names: Named = ()
+    state: Mapping[str, Any],
+    *,
+    rank: int,
+    world: int,
+    layout: Layout | None = None,
+    names: Named = (),
+    stage_devices: bool = True,
 ) -> LocalState:
     """What this rank holds of the state, for a save.
 
@@ -54,6 +52,7 @@ def collect(
         world: number of processes that save.
         layout: says of plain tensors which part of a global tensor they are.
         names: names of parameters that optimizers hold and no module in the state has, as `module.named_parameters()`.
+        stage_devices: copy CUDA tensors to pinned host memory. False: give their memory on the device (`on_device`).
 
     Returns:
         Specs and objects sorted by name. Pieces point into the tensors' own host memory, or into pinned copies of those
@@ -61,45 +60,138 @@ def collect(
 
     Errors: InvalidInputError that names the key and what is wrong with it. Called on every rank; no communication.
     """
-    return Collector().collect(state, rank=rank, world=world, layout=layout, names=names)
+    return Collector().collect(state, rank=rank, world=world, layout=layout, names=names, stage_devices=stage_devices)
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Last:
+    """What the last full walk gave, and the facts that it followed from. Holds no tensor of the user's."""
+
+    arguments: tuple[int, int, bool]  # rank, world, stage_devices
+    layout: Layout | None
+    facts: Facts
+    leaves: Mapping[str, list[Any]]
+    local: LocalState  # without owners of memory
+    owner_of: Sequence[int]  # of each spec: which of the tensors in sight has its memory
+    names: Mapping[str, ParamNames]  # of the optimizers, by state key
 
 
 class Collector:
     """Collects the state of one run again and again. Owned by one thread; keeps no tensor between the calls.
 
-    Every call walks the whole state and looks at every tensor. What comes out as it did the last time (specs, boxes,
-    addresses) is given out as the very same objects, which those who work with them can tell at once.
+    A state that looks as it did the last time (`ckpt.state.sight`) is not walked again: specs and pieces are given out as
+    the very same objects, which those who work with them can tell at once; only objects are made anew. Any other state
+    is walked, and what comes out as it did the last time is given out as the same objects too.
     """
 
     def __init__(self) -> None:
         self._specs: list[TensorSpec] = []
         self._sources = SourceMemory()
+        self._last: _Last | None = None
 
     def collect(
-        self, state: Mapping[str, Any], *, rank: int, world: int, layout: Layout | None = None, names: Named = ()
+        self,
+        state: Mapping[str, Any],
+        *,
+        rank: int,
+        world: int,
+        layout: Layout | None = None,
+        names: Named = (),
+        stage_devices: bool = True,
     ) -> LocalState:
         """As the function `collect`."""
+        arguments, named = (rank, world, stage_devices), list(names)
         with torch.no_grad(), collector_paused():
-            saved = [holder.save() for holder in open_state(state, rank=rank, layout=layout, names=names)]
-            parts = sorted_parts(part for one in saved for part in one.parts)
-            specs = [part.spec for part in parts]
-            if specs != self._specs:
-                self._specs = specs
-            memory = self._sources.of(parts)
-        return LocalState(
-            specs=self._specs,
+            entries = entries_of(state)
+            sight, last = look(entries, named), self._last
+            if sight is not None and last is not None:
+                if arguments == last.arguments and layout is last.layout and sight.facts.same(last.facts):
+                    return self._again(entries, sight, last)
+            self._last = None
+            return self._walk(entries, named, sight, arguments, layout)
+
+    def _walk(
+        self,
+        entries: Sequence[Entry],
+        named: Named,
+        sight: Sight | None,
+        arguments: tuple[int, int, bool],
+        layout: Layout | None,
+    ) -> LocalState:
+        rank, _, stage_devices = arguments
+        taken = {} if sight is None else sight.values
+        holders = _open(entries, rank=rank, layout=layout, names=named, taken=taken)
+        saved = [holder.save() for holder in holders]
+        parts = sorted_parts(part for one in saved for part in one.parts)
+        specs = [part.spec for part in parts]
+        if specs != self._specs:
+            self._specs = specs
+        memory = self._sources.of(parts, stage_devices=stage_devices)
+        places, specs = [lies(part) for part in parts], self._specs
+        local = LocalState(
+            specs=specs,
             pieces=memory.pieces,
             objects=_sorted_objects([item for one in saved for item in one.objects]),
-            keep_alive=memory.keep_alive,
-            describe=lambda: describe_parts(parts),
+            describe=lambda: describe(specs, places),
+            storage_of_piece=memory.storage,
+            on_device=memory.on_device,
         )
+        owner_of = None if sight is None else _owners(sight.facts, memory.keep_alive)
+        if sight is not None and owner_of is not None:
+            self._last = _Last(
+                arguments=arguments,
+                layout=layout,
+                facts=sight.facts,
+                leaves=sight.leaves,
+                local=local,
+                owner_of=owner_of,
+                names={holder.name: holder.names() for holder in holders if isinstance(holder, OptimizerHolder)},
+            )
+        return dataclasses.replace(local, keep_alive=memory.keep_alive)
+
+    def _again(self, entries: Sequence[Entry], sight: Sight, last: _Last) -> LocalState:
+        """The state of the last walk with the objects of now."""
+        known = {item.name: item for item in last.local.objects}
+        objects = [item for entry in entries for item in _objects_again(entry, sight, last, known)]
+        local = dataclasses.replace(last.local, objects=_sorted_objects(objects))
+        self._last = dataclasses.replace(last, leaves=sight.leaves, local=local)
+        owners = sight.owners
+        return dataclasses.replace(local, keep_alive=tuple([owners[index] for index in last.owner_of]))
+
+
+def _objects_again(entry: Entry, sight: Sight, last: _Last, known: Mapping[str, StoredObject]) -> list[StoredObject]:
+    """The objects of an entry of which only values that are no tensors may have changed."""
+    name, value = entry.name, entry.value
+    if entry.kind == "module" or isinstance(value, torch.Tensor):
+        return []
+    if name in last.names:
+        return [optimizer_object(name, as_list(value), last.names[name])]
+    if name not in sight.leaves:
+        return (RngHolder(name, value) if isinstance(value, RNG) else LoaderHolder(name, value)).save().objects
+    now, then = sight.leaves[name], last.leaves[name]
+    if len(now) == len(then) and all(map(same_leaf, now, then)):
+        return [known[name]]
+    return [value_object(name, sight.values.get(name, value))]
+
+
+def _owners(facts: Facts, tensors: Sequence[Any]) -> list[int] | None:
+    """Which of the tensors in sight has the memory of each part; None where that is not in sight: it is a copy."""
+    numbers = dict(zip(zip(facts.starts, facts.dtypes, strict=True), range(len(facts.starts)), strict=True))
+    keys = [(tensor.untyped_storage().data_ptr(), tensor.dtype) for tensor in tensors]
+    return [numbers[key] for key in keys] if all(key in numbers for key in keys) else None
 
 
 def open_state(state: Mapping[str, Any], *, rank: int, layout: Layout | None = None, names: Named = ()) -> list[Holder]:
     """A holder for each entry: modules first, random streams last (loading the others may draw numbers)."""
+    return _open(entries_of(state), rank=rank, layout=layout, names=names, taken={})
+
+
+def _open(
+    entries: Sequence[Entry], *, rank: int, layout: Layout | None, names: Named, taken: Mapping[str, Any]
+) -> list[Holder]:
+    """`taken`: what `state_dict()` gave already, by entry."""
     locator, table = Locator(rank=rank, layout=layout), ParamTable()
-    entries = _entries(state)
-    modules = [ModuleHolder(entry.name, _as_list(entry.value), locator) for entry in entries if entry.kind == "module"]
+    modules = [ModuleHolder(entry.name, as_list(entry.value), locator) for entry in entries if entry.kind == "module"]
     for module in modules:
         module.add_params(table, "" if len(modules) == 1 or module.name == "model" else f"{module.name}/")
     plain = [PlainHolder(e.name, e.value, e.assign, locator) for e in entries if e.kind == "plain"]
@@ -108,7 +200,7 @@ def open_state(state: Mapping[str, Any], *, rank: int, layout: Layout | None = N
     for name, tensor in names:
         if table.get(tensor) is None:
             table.add((name,), tensor, locator.locate(name, tensor))
-    rest: list[Holder] = [_special(entry, table, locator) for entry in entries if entry.kind == "other"]
+    rest: list[Holder] = [_special(entry, table, locator, taken) for entry in entries if entry.kind == "other"]
     rest.sort(key=lambda holder: isinstance(holder, RngHolder))
     return [*modules, *plain, *rest]
 
@@ -138,43 +230,10 @@ def _sorted_objects(objects: Sequence[StoredObject]) -> list[StoredObject]:
     return out
 
 
-def _entries(state: Mapping[str, Any]) -> list[_Entry]:
-    """Keys and values; containers that hold modules, optimizers and the like are opened, their keys joined by `/`."""
-    if not isinstance(state, Mapping):
-        raise InvalidInputError(f"a state must be a mapping, found {type(state).__name__}")
-    return [entry for key, value in state.items() for entry in _opened(check_key(key), value, state, key)]
-
-
-def _opened(name: str, value: Any, parent: Any, key: Any) -> list[_Entry]:
-    kind: Literal["module", "plain", "other"] | None = None
-    if _all_are(value, nn.Module):
-        kind = "module"
-    elif _is_special(value) or _all_are(value, Optimizer):
-        kind = "other"
-    elif holds_only_plain(value, _is_special):
-        kind = "plain"
-    if kind is not None:
-        return [_Entry(name=name, value=value, assign=_assign_in(name, parent, key), kind=kind)]
-    if isinstance(value, Mapping):
-        return [e for k, v in value.items() for e in _opened(f"{name}/{check_key(k)}", v, value, k)]
-    return [e for i, v in enumerate(value) for e in _opened(f"{name}/{i}", v, value, i)]
-
-
-def _assign_in(name: str, parent: Any, key: Any) -> Callable[[Any], None]:
-    def assign(value: Any) -> None:
-        if not isinstance(parent, (MutableMapping, list)):
-            raise InvalidInputError(
-                f"`{name}` cannot be loaded: it is in a {type(parent).__name__}, which cannot change"
-            )
-        parent[key] = value
-
-    return assign
-
-
-def _special(entry: _Entry, table: ParamTable, locator: Locator) -> Holder:
+def _special(entry: Entry, table: ParamTable, locator: Locator, taken: Mapping[str, Any]) -> Holder:
     value = entry.value
-    if _all_are(value, Optimizer):
-        return OptimizerHolder(entry.name, _as_list(value), table, locator)
+    if all_are(value, Optimizer):
+        return OptimizerHolder(entry.name, as_list(value), table, locator)
     if isinstance(value, FlatOptimizerState):
         return FlatOptimizerHolder(entry.name, value)
     if isinstance(value, FlatShard):
@@ -183,23 +242,4 @@ def _special(entry: _Entry, table: ParamTable, locator: Locator) -> Holder:
         return RngHolder(entry.name, value)
     if is_loader(value):
         return LoaderHolder(entry.name, value)
-    return StatefulHolder(entry.name, value, locator)
-
-
-def _is_special(value: Any) -> bool:
-    if isinstance(value, (torch.Tensor, int, float, str)):
-        return False
-    if isinstance(value, (nn.Module, Optimizer, FlatShard, FlatOptimizerState, RNG)):
-        return True
-    return callable(getattr(value, "state_dict", None)) and callable(getattr(value, "load_state_dict", None))
-
-
-def _all_are(value: Any, kind: type) -> bool:
-    """True for one of this kind, and for a list or tuple of nothing else."""
-    if isinstance(value, (list, tuple)):
-        return len(value) > 0 and all(isinstance(item, kind) for item in value)
-    return isinstance(value, kind)
-
-
-def _as_list(value: Any) -> list[Any]:
-    return list(value) if isinstance(value, (list, tuple)) else [value]
+    return StatefulHolder(entry.name, value, locator, taken)

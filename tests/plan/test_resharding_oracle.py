@@ -15,7 +15,6 @@ from hypothesis import strategies as st
 
 from ckpt.commit.assemble import Assembler
 from ckpt.config import Options
-from ckpt.engine.pack import Packer, make_program
 from ckpt.engine.read import ReadJob, find_damage, run_reads
 from ckpt.errors import DamagedError
 from ckpt.format import index
@@ -27,6 +26,7 @@ from ckpt.layout.box import Box, BoxTable, boxes_of_flat_range
 from ckpt.plan.read import plan_read, uncovered
 from ckpt.plan.records import make_records
 from ckpt.plan.save import plan_save, rows_of_rank
+from ckpt.snapshot.pack import Packer, bind, make_program
 
 DTYPES = {"uint8": np.uint8, "int16": np.int16, "int32": np.int32, "int64": np.int64}
 CHUNK, BLOCK = 4096, 64
@@ -127,7 +127,7 @@ def write(num_ranks: int, tensors: Any) -> Any:
         program = make_program(
             layout, specs, pieces.boxes, piece_of_row[layout.source], chunk_bytes=CHUNK, block_bytes=BLOCK
         )
-        packer = Packer(program, pieces, [b"{}".ljust(1024)], threads=1)
+        packer = Packer(bind(program, pieces), [b"{}".ljust(1024)], threads=1)
         file = np.zeros(layout.total_bytes, np.uint8)
         for chunk in range(program.num_chunks):
             low, high = program.chunk_range(chunk)

@@ -1,7 +1,7 @@
 """Turn a rank's pieces into the bytes of its image, chunk by chunk, with checksums on the way.
 
 In: an image layout and the pieces in memory. Out: filled chunks and block checksums. Chunk boundaries are multiples of
-`chunk_bytes`; a fragment or block may lie across one. One thread per `Packer` call; never writes to a store.
+`chunk_bytes`; a fragment or block may lie across one. Never writes to a store.
 """
 
 from __future__ import annotations
@@ -135,59 +135,114 @@ def _cut_segments(starts: Int64Array, stops: Int64Array, chunk_bytes: int) -> tu
     return low[order], high[order], block[order]
 
 
-class Packer:
-    """One step's image: the program, bound to this step's memory, objects and checksums."""
+@dataclass(frozen=True, kw_only=True)
+class Sources:
+    """Where the parts of a program lie in memory at one step; made anew only when the pieces moved."""
 
-    def __init__(self, program: PackProgram, pieces: PieceTable, objects: Sequence[bytes], *, threads: int) -> None:
-        self._program = program
+    program: PackProgram
+    pieces: PieceTable
+    source: NDArray[np.uint64]  # [K]
+    limit: NDArray[np.uint64]  # [K]
+    strides: Int64Array  # [K, D]
+    target_strides: Int64Array  # [K, D]
+
+
+def bind(program: PackProgram, pieces: PieceTable, last: Sources | None = None) -> Sources:
+    """The sources of `program` in `pieces`; `last` itself when both are the very objects that it was made of."""
+    if last is not None and last.program is program and last.pieces is pieces:
+        return last
+    strides = pieces.strides[program.piece]
+    return Sources(
+        program=program,
+        pieces=pieces,
+        source=pieces.address[program.piece] + (program.within * strides).sum(axis=1).astype(np.uint64),
+        limit=pieces.limit[program.piece],
+        strides=strides,
+        target_strides=contiguous_strides(program.lengths, program.itemsize),
+    )
+
+
+class Packer:
+    """One step's image: the program, bound to this step's memory, objects and checksums.
+
+    Different threads may work on different chunks; of one chunk, `checksum` comes after `fill`.
+    """
+
+    def __init__(self, sources: Sources, objects: Sequence[bytes], *, threads: int) -> None:
+        self._sources = sources
+        self._program = program = sources.program
         self._threads = threads
-        strides = pieces.strides[program.piece]
-        self._source = pieces.address[program.piece] + (program.within * strides).sum(axis=1).astype(np.uint64)
-        self._limit = pieces.limit[program.piece]
-        self._strides = strides
-        self._target_strides = contiguous_strides(program.lengths, program.itemsize)
         layout = program.layout
         self._raw = [(0, layout.header), *zip(layout.object_offsets, objects, strict=True)]
-        self._crc = np.zeros(program.num_blocks, np.uint32)
-        self._done = np.zeros(program.num_blocks, np.int64)  # bytes of each block summed so far
+        self._crc = np.zeros(len(program.segment_start), np.uint32)  # of each segment
+
+    @property
+    def sources(self) -> Sources:
+        return self._sources
+
+    def rows_of(self, chunk: int) -> slice:
+        """The parts that lie in `chunk`."""
+        return slice(int(self._program.part_starts[chunk]), int(self._program.part_starts[chunk + 1]))
 
     def fill(self, chunk: int, buffer: NDArray[np.uint8]) -> None:
         """Copy everything of `chunk` into the front of `buffer`."""
-        program = self._program
-        start, stop = program.chunk_range(chunk)
-        rows = slice(int(program.part_starts[chunk]), int(program.part_starts[chunk + 1]))
+        self.copy_parts(self.rows_of(chunk), buffer, self._program.chunk_range(chunk)[0])
+        self.put_raw(chunk, buffer)
+
+    def copy_parts(self, rows: slice | Int64Array, buffer: NDArray[np.uint8], start: int, threads: int = 0) -> None:
+        """Copy these parts to their places in `buffer`, whose first byte is byte `start` of the image."""
+        program, sources = self._program, self._sources
+        position = program.position[rows]
+        if not len(position):
+            return
         base = buffer.ctypes.data
-        count = rows.stop - rows.start
         copy_boxes(
-            source=self._source[rows],
-            source_limit=self._limit[rows],
-            target=(program.position[rows] - start + base).astype(np.uint64),
-            target_limit=np.full(count, base + (stop - start), np.uint64),
+            source=sources.source[rows],
+            source_limit=sources.limit[rows],
+            target=(position - start + base).astype(np.uint64),
+            target_limit=np.full(len(position), base + len(buffer), np.uint64),
             lengths=program.lengths[rows],
-            source_strides=self._strides[rows],
-            target_strides=self._target_strides[rows],
+            source_strides=sources.strides[rows],
+            target_strides=sources.target_strides[rows],
             itemsize=program.itemsize[rows],
-            threads=self._threads,
+            threads=threads or self._threads,
         )
+
+    def put_raw(self, chunk: int, buffer: NDArray[np.uint8]) -> None:
+        """Put the bytes of the header and of objects that lie in `chunk` into `buffer`."""
+        start, stop = self._program.chunk_range(chunk)
         for offset, data in self._raw:
             low, high = max(offset, start), min(offset + len(data), stop)
             if low < high:
                 buffer[low - start : high - start] = np.frombuffer(data, np.uint8)[low - offset : high - offset]
 
     def checksum(self, chunk: int, buffer: NDArray[np.uint8]) -> None:
-        """Add the blocks of `chunk`, whose bytes are in `buffer`. Chunks come in order."""
+        """Sum the blocks of `chunk`, whose bytes are in `buffer`. Chunks in any order."""
         program = self._program
         start, _ = program.chunk_range(chunk)
         rows = slice(int(program.segment_starts[chunk]), int(program.segment_starts[chunk + 1]))
         low, high = program.segment_start[rows] - start, program.segment_stop[rows] - start
-        found = crc32c_ranges(buffer, low, high, threads=self._threads)
-        blocks = program.segment_block[rows]
-        if len(blocks) and self._done[blocks[0]]:  # its first part was in the chunk before
-            found[0] = crc32c_combine(int(self._crc[blocks[0]]), int(found[0]), int(high[0] - low[0]))
-        self._crc[blocks] = found
-        self._done[blocks] += high - low
+        self._crc[rows] = crc32c_ranges(buffer, low, high, threads=self._threads)
+
+    def pack(self, chunk: int, buffer: NDArray[np.uint8]) -> None:
+        """`fill` and `checksum`."""
+        self.fill(chunk, buffer)
+        self.checksum(chunk, buffer)
 
     @property
     def checksums(self) -> NDArray[np.uint32]:
-        """[B] of all blocks, in image order."""
-        return self._crc
+        """[B] of all blocks, in image order. All chunks have been summed."""
+        program = self._program
+        first = np.searchsorted(program.segment_block, np.arange(program.num_blocks))
+        out = self._crc[first]
+        for i in np.flatnonzero(program.segment_block[1:] == program.segment_block[:-1]) + 1:  # over a chunk boundary
+            block, nbytes = program.segment_block[i], int(program.segment_stop[i] - program.segment_start[i])
+            out[block] = crc32c_combine(int(out[block]), int(self._crc[i]), nbytes)
+        return out
+
+    def tensor_of_block(self, block: int) -> int:
+        """Number of the spec that a block is of."""
+        segment = int(np.searchsorted(self._program.segment_block, block))
+        layout = self._program.layout
+        row = int(np.searchsorted(layout.offsets, self._program.segment_start[segment], "right")) - 1
+        return int(layout.rows.tensor[row])

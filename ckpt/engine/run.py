@@ -1,0 +1,265 @@
+"""One run, as one rank uses it: saves that block, saves in the background, and what becomes of them.
+
+In: the user's state, step by step. Out: checkpoints, `PendingSave`s, events. `Run` is called from the thread that trains; the
+background thread only finishes what was begun, and never calls a collective.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import time
+import weakref
+from collections import deque
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch.distributed as dist
+
+from ckpt import config
+from ckpt.commit import find, retention
+from ckpt.commit.gc import collect_garbage
+from ckpt.config import Options
+from ckpt.engine.pending import PendingSave, failed_error, first_line
+from ckpt.engine.save import Attempt, Request, Saved, SaveSession
+from ckpt.engine.torch_world import current_world
+from ckpt.engine.worker import Worker
+from ckpt.engine.world import World
+from ckpt.errors import CheckpointError, SaveFailedError
+from ckpt.events import Events, Outcome, Sink, Timeline
+from ckpt.format.spec import LocalState
+from ckpt.layout.layout import Layout
+from ckpt.snapshot import fence
+from ckpt.state import Collector
+from ckpt.store.base import Store
+from ckpt.store.open import open_store
+
+_log = logging.getLogger("ckpt")
+
+State = Mapping[str, Any]
+Url = str | os.PathLike[str]
+
+
+class Run:
+    """One run folder, as one rank of one process group uses it: store, world and save session.
+
+    Made by all ranks of the group together. Owned by the training thread. At most `images_max` saves are on their way. What
+    became of one is acted upon (planning anew after a failure or a changed structure) at the same later call on every rank,
+    so that ranks that learn of it at different times never disagree on who talks to whom.
+    """
+
+    def __init__(
+        self,
+        url: Url,
+        *,
+        group: dist.ProcessGroup | None = None,
+        options: Options | None = None,
+        storage_options: Mapping[str, Any] | None = None,
+        keep_last: int | None = None,
+        sinks: Sequence[Sink] = (),
+    ) -> None:
+        self.options = config.from_environment(options)
+        self._keep_last = keep_last
+        self.store: Store = open_store(url, options=self.options, storage_options=storage_options)
+        self.world: World = current_world(group, self.options.exchange_timeout_s)
+        self.events = Events(sinks)
+        self._session = SaveSession(self.store, self.world, self.options)
+        self._collector = Collector()
+        self._background = Worker("ckpt-save", self.options.flush_nice)
+        self._on_their_way: deque[tuple[PendingSave, Attempt | None]] = deque()
+        self._failed: list[tuple[PendingSave, BaseException]] = []  # that nobody was told of yet
+        self.skipped = 0  # saves, by the policy `when_busy`
+        LIVE.add(self)
+
+    def prepare(self, state: State, layout: Layout | None) -> None:
+        """Plan, and make ready memory and threads, so that the first save costs what later ones do. All ranks call."""
+        self.check()
+        local, error = self._collect(state, layout)
+        self._session.prepare(local, error)
+        self._background.start()
+
+    def save(self, state: State, request: Request, layout: Layout | None) -> Saved:
+        """Save and return when durable. All ranks call."""
+        self.check()
+        timeline = Timeline()
+        with self._told(timeline, request.step):
+            local, error = self._collect(state, layout, timeline)
+            saved = self._session.save(local, request, error, timeline)
+            timeline.add("call", timeline.start, time.perf_counter())
+        self._retire()
+        return saved
+
+    def async_save(self, state: State, request: Request, layout: Layout | None) -> PendingSave:
+        """Begin to copy the state, return, go on in the background. All ranks call."""
+        timeline = Timeline()
+        if not self._make_room(request.step, timeline):
+            return self._skip(request.step, timeline)
+        failed = self._first_failure()
+        try:
+            local, error = self._collect(state, layout, timeline)
+            guarded = fence.guarded()
+            attempt = self._session.stage(local, request, error, timeline, guarded)
+        except BaseException as problem:
+            # The other ranks will find this save failed; it keeps its place, so that all act upon it at the same call.
+            self._on_their_way.append((PendingSave.over(request.step, timeline, problem), None))
+            self._on_their_way[-1][0].told = True
+            raise
+        future = self._background.submit(lambda: self._finish(attempt))
+        pending = PendingSave(request.step, future, timeline, attempt.staging)
+        self._on_their_way.append((pending, attempt))
+        timeline.add("call", timeline.start, time.perf_counter())
+        if failed is not None:
+            raise failed
+        return pending
+
+    def _finish(self, attempt: Attempt) -> Saved:
+        with self._told(attempt.timeline, attempt.request.step, attempt.id):
+            saved = self._session.finish(attempt)
+        self._retire()
+        return saved
+
+    @contextlib.contextmanager
+    def _told(self, timeline: Timeline, step: int, attempt: str = "") -> Iterator[None]:
+        """Whatever becomes of the block goes to the events."""
+        try:
+            yield
+        except Exception as error:
+            timeline.add("total", timeline.start, time.perf_counter())
+            self._tell(timeline, step, attempt, "failed", first_line(error))
+            raise
+        self._tell(timeline, step, attempt, "ok")
+
+    def _tell(self, timeline: Timeline, step: int, attempt: str, outcome: Outcome, error: str = "") -> None:
+        self.events.tell(
+            timeline,
+            operation="save",
+            run=self.store.url,
+            step=step,
+            attempt=attempt,
+            rank=self.world.rank,
+            world=self.world.size,
+            outcome=outcome,
+            error=error,
+        )
+
+    # the saves on their way
+
+    def _make_room(self, step: int, timeline: Timeline) -> bool:
+        """See that there is an image for one more save. False: this save is to be skipped, on every rank."""
+        limit = self.options.images_max - 1
+        busy = len(self._on_their_way) > limit and not self._on_their_way[0][0].done()
+        if self.options.when_busy != "wait":
+            busy = self._anyone(busy)
+            if busy and self.options.when_busy == "fail":
+                other = self._on_their_way[0][0].step
+                raise SaveFailedError(
+                    f"step {step} was not saved: step {other} is still on its way, on this rank or another",
+                    kind="busy",
+                    hints=("save less often, or set the option `when_busy` to wait or skip",),
+                )
+            if busy:
+                return False
+        with timeline.phase("wait"):
+            self._settle(limit)
+        return True
+
+    def _anyone(self, flag: bool) -> bool:
+        """Whether it is so on some rank: ranks must skip the same saves. The one word that policies other than wait cost."""
+        return any(bool(answer[0]) for answer in self.world.all_gather(np.array([flag], np.uint8)))
+
+    def _skip(self, step: int, timeline: Timeline) -> PendingSave:
+        self.skipped += 1
+        timeline.add("call", timeline.start, time.perf_counter())
+        timeline.add("total", timeline.start, time.perf_counter())
+        self._tell(timeline, step, "", "skipped")
+        error = SaveFailedError(f"step {step} was skipped: the saves before it were not over", kind="skipped")
+        return PendingSave.over(step, timeline, error, skipped=True)
+
+    def _settle(self, limit: int) -> None:
+        """Wait until at most `limit` saves are on their way, and act upon what became of the others."""
+        while len(self._on_their_way) > limit:
+            pending, _ = self._on_their_way[0]
+            try:
+                if pending.wait().structure_changed:
+                    self._session.plan_again()
+            except Exception as error:
+                self._session.plan_again()
+                if not pending.told:
+                    self._failed.append((pending, error))
+                    pending.told = True
+            self._on_their_way.popleft()
+
+    def _first_failure(self) -> SaveFailedError | None:
+        """The earliest failure that nobody was told of, of saves that are settled and of those known to have failed."""
+        for pending, _ in self._on_their_way:
+            error = pending.failure()
+            if error is not None and not pending.told:
+                self._failed.append((pending, error))
+                pending.told = True
+        if not self._failed:
+            return None
+        (pending, error), *_ = self._failed
+        self._failed = []
+        failed = failed_error(pending, error)
+        failed.__cause__ = error
+        return failed
+
+    def _retire(self) -> None:
+        """Rank 0 forgets what `keep_last` no longer keeps, and removes it. The save stands, whatever happens here."""
+        if self._keep_last is None or self.world.rank != 0:
+            return
+        try:
+            old = find.steps(self.store)[: -self._keep_last]
+            if old:
+                retention.forget(self.store, old)
+                collect_garbage(self.store, options=self.options)
+        except CheckpointError as error:
+            _log.warning("old checkpoints in %s could not be removed: %s", self.store.url, error.message)
+
+    def check(self) -> None:
+        """Wait for the saves that are still on their way; SaveFailedError if one failed and nobody was told."""
+        self._settle(0)
+        failed = self._first_failure()
+        if failed is not None:
+            raise failed
+
+    def abandon(self, reason: str) -> None:
+        """Give up the saves on their way: the ranks are told, nothing of them will be published or taken for a checkpoint."""
+        for pending, attempt in self._on_their_way:
+            if attempt is not None and not pending.done():
+                self._session.abandon(
+                    attempt, SaveFailedError(f"step {pending.step} was given up: {reason}", kind="abandoned")
+                )
+
+    def close(self, grace_s: float | None = None) -> None:
+        """Finish the saves on their way, within `grace_s` where given, and let go of threads and store. May be called twice."""
+        try:
+            if grace_s is not None and not self._wait_within(grace_s):
+                self.abandon(f"the process ends, and it was not durable after {grace_s:.0f} s")
+            self.check()
+        finally:
+            self._background.close()
+            self._session.close()
+            self.events.close()
+            self.store.close()
+
+    def _wait_within(self, grace_s: float) -> bool:
+        deadline = time.monotonic() + grace_s
+        for pending, _ in self._on_their_way:
+            with contextlib.suppress(Exception):
+                pending.wait(max(0.0, deadline - time.monotonic()))
+        return all(pending.done() for pending, _ in self._on_their_way)
+
+    def _collect(
+        self, state: State, layout: Layout | None, timeline: Timeline | None = None
+    ) -> tuple[LocalState, BaseException | None]:
+        with (timeline or Timeline()).phase("walk"):
+            try:
+                return self._collector.collect(state, rank=self.world.rank, world=self.world.size, layout=layout), None
+            except CheckpointError as error:  # the other ranks must hear of it before this one raises
+                return LocalState.empty(), error
+
+
+LIVE: weakref.WeakSet[Run] = weakref.WeakSet()  # whose saves a process that ends waits for

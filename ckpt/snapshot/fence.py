@@ -1,0 +1,193 @@
+"""The fence: training waits for copies before it changes what is being copied, and at no other time.
+
+In: optimizers, and what else changes only when they step. Out: a pre-hook on each: before an update it waits until the copies
+of that optimizer's tensors are over. On CUDA its stream waits for an event, not the host. Tensors that no optimizer guards are
+copied before a save returns, so that whatever nobody told us of cannot go wrong.
+
+`Checkpointer` attaches the optimizers in its state. An optimizer is attached once, however often it is asked. Called on the
+thread that trains; stagings are added and leave on any thread.
+"""
+
+from __future__ import annotations
+
+import itertools
+import threading
+import weakref
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import nn
+from torch.distributed.tensor import DTensor
+from torch.optim import Optimizer
+
+from ckpt.errors import InvalidInputError
+
+Ends = NDArray[np.uint64]  # sorted: addresses at which storages end, which is how pieces and tensors are matched
+
+
+class Waiting(Protocol):
+    """A staging, as the fence sees it."""
+
+    @property
+    def copied(self) -> bool: ...
+
+    def hold(self, ends: Ends | None) -> None:
+        """Return when everything in storages that end at `ends` (all when None) is copied, or bound to be in time."""
+
+
+@dataclass(eq=False)
+class _Guard:
+    optimizer: weakref.ref[Optimizer]
+    also: list[Any] = field(default_factory=list)  # weak references to modules and tensors
+    handles: list[Any] = field(default_factory=list)
+    turn: int = 0  # when it stepped last, counted over all optimizers
+
+    def ends(self) -> Ends:
+        """Of everything that changes when the optimizer steps."""
+        optimizer = self.optimizer()
+        if optimizer is None:
+            return np.empty(0, np.uint64)
+        others = (owner for reference in self.also if (owner := reference()) is not None)
+        tensors = itertools.chain(_tensors_of(optimizer), *map(_tensors_in, others))
+        return np.unique(np.array([_end_of(tensor) for tensor in tensors], np.uint64))
+
+
+_guards: weakref.WeakKeyDictionary[Optimizer, _Guard] = weakref.WeakKeyDictionary()
+_waiting: list[Waiting] = []
+_lock = threading.Lock()
+_turns = itertools.count(1)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Attached:
+    """What `attach` did. `detach()` takes it back; tensors are then copied before a save returns."""
+
+    optimizers: tuple[Optimizer, ...]
+
+    def detach(self) -> None:
+        for optimizer in self.optimizers:
+            guard = _guards.pop(optimizer, None)
+            for handle in guard.handles if guard else ():
+                handle.remove()
+        fence()
+
+
+def attach(*optimizers: Optimizer, also: Iterable[nn.Module | torch.Tensor] = ()) -> Attached:
+    """Let saves copy the tensors of these optimizers while training goes on, until just before their next step.
+
+    Works with every `torch.optim.Optimizer`: for-loop, foreach, fused and capturable ones, ones that step inside backward
+    (attach each), and with gradient accumulation. `Checkpointer.step` attaches the optimizers in its state by itself.
+
+    Args:
+        also: modules and tensors that are changed only after one of these optimizers has begun its step (an exponential
+            moving average of the weights), or after a call of `ckpt.fence()`, or never (frozen weights). They are then copied
+            late, too. Buffers of a module that a forward changes do not belong here.
+
+    A step that is replayed from a CUDA graph runs no hooks: call `ckpt.fence()` before each replay.
+
+    Raises:
+        InvalidInputError: not an optimizer.
+    """
+    owners = list(also)
+    for optimizer in optimizers:
+        if not isinstance(optimizer, Optimizer):
+            raise InvalidInputError(
+                f"attach expects torch.optim.Optimizer objects, found {type(optimizer).__name__}",
+                hints=("what changes together with an optimizer goes into `also=`",),
+            )
+        guard = _guards.get(optimizer)
+        if guard is None:
+            guard = _guards[optimizer] = _Guard(optimizer=weakref.ref(optimizer))
+            guard.handles.append(optimizer.register_step_pre_hook(_before_step))
+            guard.handles.append(optimizer.register_load_state_dict_pre_hook(_before_load))
+        known = {id(reference()) for reference in guard.also}
+        guard.also += [weakref.ref(owner) for owner in owners if id(owner) not in known]
+    return Attached(optimizers=tuple(optimizers))
+
+
+def fence() -> None:
+    """Wait until nothing is being copied: call it before changing saved tensors other than by an attached optimizer.
+
+    On CUDA the current stream waits, not the host. Returns at once when no copy is on its way.
+    """
+    for one in _on_their_way():
+        one.hold(None)
+
+
+def guarded() -> list[Ends]:
+    """The storages that a fence guards, one entry per optimizer, in the order in which they stepped last."""
+    guards = sorted((guard for guard in list(_guards.values())), key=lambda guard: guard.turn)
+    return [guard.ends() for guard in guards]
+
+
+def add(one: Waiting) -> None:
+    """From now on the fences hold for this staging, until everything of it is copied."""
+    with _lock:
+        _waiting[:] = [other for other in _waiting if not other.copied] + [one]
+
+
+def find_optimizers(state: Any) -> Iterator[Optimizer]:
+    """The optimizers in a user's state: values, and those inside lists, tuples and dicts."""
+    if isinstance(state, Optimizer):
+        yield state
+    elif isinstance(state, dict):
+        for value in state.values():
+            if isinstance(value, Optimizer | dict | list | tuple):
+                yield from find_optimizers(value)
+    elif isinstance(state, list | tuple):
+        for value in state:
+            if isinstance(value, Optimizer | dict | list | tuple):
+                yield from find_optimizers(value)
+
+
+def _on_their_way() -> list[Waiting]:
+    if not _waiting:  # the usual case, at every step of the training
+        return []
+    with _lock:
+        _waiting[:] = [one for one in _waiting if not one.copied]
+        return list(_waiting)
+
+
+def _before_step(optimizer: Optimizer, *_: Any) -> None:
+    guard = _guards.get(optimizer)
+    if guard is None:
+        return
+    guard.turn = next(_turns)
+    waiting = _on_their_way()
+    if not waiting:
+        return
+    ends = None if len(_guards) == 1 else guard.ends()
+    for one in waiting:
+        one.hold(ends)
+
+
+def _before_load(optimizer: Optimizer, *_: Any) -> None:
+    for one in _on_their_way():
+        one.hold(None)
+
+
+def _tensors_of(optimizer: Optimizer) -> Iterator[torch.Tensor]:
+    for group in optimizer.param_groups:
+        yield from group["params"]
+    for slots in optimizer.state.values():
+        for value in slots.values() if isinstance(slots, dict) else ():
+            if isinstance(value, torch.Tensor):
+                yield value
+
+
+def _tensors_in(owner: Any) -> Iterator[torch.Tensor]:
+    if isinstance(owner, nn.Module):
+        yield from owner.parameters()
+        yield from owner.buffers()
+    else:
+        yield owner
+
+
+def _end_of(tensor: torch.Tensor) -> int:
+    local = tensor._local_tensor if isinstance(tensor, DTensor) else tensor
+    storage = local.untyped_storage()
+    return storage.data_ptr() + storage.nbytes()
