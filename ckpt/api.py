@@ -92,6 +92,7 @@ def save(
     metrics: Mapping[str, float] | None = None,
     metadata: Mapping[str, Any] | None = None,
     layout: Layout | None = None,
+    incremental: bool = False,
     process_group: dist.ProcessGroup | None = None,
     options: Options | None = None,
     storage_options: Mapping[str, Any] | None = None,
@@ -108,6 +109,8 @@ def save(
         metrics: numbers to find and weigh checkpoints by; rank 0's are stored.
         metadata: any JSON value by name; rank 0's are stored.
         layout: where plain tensors lie that are parts of larger ones (docs/reference/layout-files.md).
+        incremental: write only what has changed since the newest complete checkpoint of this run, and refer to its files for the
+            rest (docs/how-to/incremental.md). Needs one image of the rank's state in host memory. All ranks alike.
         process_group: the ranks that save together; the default group when None.
 
     Raises:
@@ -117,7 +120,7 @@ def save(
         StoreError: the store refused or cannot be reached; no checkpoint was made.
     """
     run = _run_of(url, process_group, options, storage_options)
-    return run.save(state, _request(step, metrics, metadata, layout), layout)
+    return run.save(state, _request(step, metrics, metadata, layout, incremental), layout)
 
 
 def async_save(
@@ -128,6 +131,7 @@ def async_save(
     metrics: Mapping[str, float] | None = None,
     metadata: Mapping[str, Any] | None = None,
     layout: Layout | None = None,
+    incremental: bool = False,
     process_group: dist.ProcessGroup | None = None,
     options: Options | None = None,
     storage_options: Mapping[str, Any] | None = None,
@@ -140,7 +144,7 @@ def async_save(
     the next call for this run.
     """
     run = _run_of(url, process_group, options, storage_options)
-    return run.async_save(state, _request(step, metrics, metadata, layout), layout)
+    return run.async_save(state, _request(step, metrics, metadata, layout, incremental), layout)
 
 
 def load(
@@ -209,11 +213,17 @@ def _open_together(run: Run, step: int | None) -> StoredCheckpoint:
     return stored
 
 
-def _request(step: int, metrics: Any, metadata: Any, layout: Layout | None) -> Request:
+def _request(step: int, metrics: Any, metadata: Any, layout: Layout | None, incremental: bool) -> Request:
     if type(step) is not int or step < 0:
         raise InvalidInputError(f"step must be a whole number from 0 on, found {step!r}")
     document = None if layout is None else to_document(layout)
-    return Request(step=step, metrics=dict(metrics or {}), metadata=dict(metadata or {}), layout=document)
+    return Request(
+        step=step,
+        metrics=dict(metrics or {}),
+        metadata=dict(metadata or {}),
+        layout=document,
+        incremental=incremental,
+    )
 
 
 class Checkpointer:
@@ -227,6 +237,7 @@ class Checkpointer:
         every: save when the step is a multiple of this.
         keep_last: keep this many newest checkpoints, remove older ones after each save; None keeps all.
         background: False makes every save block until it is durable.
+        incremental: as for `save`.
         sinks: where events go besides the log of the run (ckpt.observe).
 
     Attributes:
@@ -240,6 +251,7 @@ class Checkpointer:
         every: int,
         keep_last: int | None = None,
         background: bool = True,
+        incremental: bool = False,
         layout: Layout | None = None,
         process_group: dist.ProcessGroup | None = None,
         options: Options | None = None,
@@ -249,6 +261,7 @@ class Checkpointer:
         if every < 1 or (keep_last is not None and keep_last < 1):
             raise InvalidInputError(f"every and keep_last must be at least 1, found {every} and {keep_last}")
         self._every, self._background, self._layout = every, background, layout
+        self._incremental = incremental
         self._run = Run(
             url, group=process_group, options=options, storage_options=storage_options, keep_last=keep_last, sinks=sinks
         )
@@ -297,7 +310,7 @@ class Checkpointer:
         """
         if step % self._every:
             return None
-        request = _request(step, metrics, metadata, self._layout)
+        request = _request(step, metrics, metadata, self._layout, self._incremental)
         if self._background:
             self._attach(state)
             return self._run.async_save(state, request, self._layout)

@@ -2,8 +2,8 @@
 
 In: a stored checkpoint, a layout (none: a copy) and a store. Out: a published checkpoint of the same step, tensors and objects,
 that refers to no other one. Images are built in memory, as many at once as the budget allows, and every source byte is read once
-where it allows all of one batch. Never shows a half-written checkpoint: the manifest comes last, and a failure takes back what was
-written.
+where it allows all of one batch. Never shows a half-written checkpoint: the manifest comes last, and a failure takes back what
+was written.
 """
 
 from __future__ import annotations
