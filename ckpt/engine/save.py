@@ -199,6 +199,7 @@ class SaveSession:
                     changed = self._await(attempt)
         except BaseException as error:
             self._earlier.drop()
+            self._sent = None  # the committer may have the table of this attempt by now, and no longer the one before
             self._put_back(attempt, error)
             raise
         if attempt.thinned is not None:
