@@ -329,5 +329,11 @@ class Checkpointer:
     def __enter__(self) -> Checkpointer:
         return self
 
-    def __exit__(self, *_: object) -> None:
-        self.close()
+    def __exit__(self, _type: object, error: BaseException | None, _traceback: object) -> None:
+        try:
+            self.close()
+        except CheckpointError as problem:
+            if error is None:
+                raise
+            _log.error("%s", problem.message)  # what ended the loop is the error to raise
+            error.add_note(problem.message)

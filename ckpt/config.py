@@ -15,6 +15,9 @@ KIB = 1024
 MIB = 1024 * KIB
 
 
+_MAY_BE_ZERO = ("write_bytes_per_s_max", "copy_nice", "flush_nice", "terminate_grace_s")  # no limit, no nicety, no wait
+
+
 @dataclass(frozen=True, kw_only=True)
 class Options:
     """What can be tuned; each field is also the environment variable `CKPT_<FIELD>` in capitals."""
@@ -35,6 +38,11 @@ class Options:
     )
     terminate_grace_s: float = 30.0  # a Checkpointer that gets SIGTERM has so long to finish its saves
     write_buffers: int = 3  # buffers of the write path per save
+    write_in_flight: int = (
+        1  # writes of one image to a local disk at once; more can help on arrays and parallel file systems
+    )
+    write_slice_bytes: int = 4 * MIB  # of one write when there are several, a multiple of 4 KiB
+    write_bytes_per_s_max: int = 0  # a rank writes no faster in the long run; 0: no limit
     read_bytes_max: int = 16 * MIB  # one read
     read_gap_bytes_max: int = 16 * KIB  # two ranges nearer than this are read as one
     read_threads: int = 4  # reads of one load in flight
@@ -51,23 +59,27 @@ class Options:
     claim_ttl_s: float = 900.0  # stores without conditional writes: a claim older than this is dead
     gc_grace_s: float = 3600.0  # unpublished attempts younger than this are kept by gc
     direct_io: bool = True  # write images around the page cache where the file system can
+    events: bool = True  # log the phases of every save and load beside the run
 
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):
             value = getattr(self, field.name)
-            if not isinstance(value, bool | str) and value <= 0 and not (value == 0 and field.name in _ZERO_ALLOWED):
+            if field.name in _MAY_BE_ZERO and value == 0:
+                continue
+            if not isinstance(value, bool | str) and value <= 0:
                 raise InvalidInputError(f"option `{field.name}` must be positive, found {value}")
         if self.chunk_bytes % (4 * KIB):  # no element lies across two chunks, and each is written around the page cache
             raise InvalidInputError(f"option `chunk_bytes` must be a multiple of 4,096, found {self.chunk_bytes}")
+        if self.write_slice_bytes % (4 * KIB) or self.write_slice_bytes > 1024 * MIB:
+            raise InvalidInputError(
+                f"option `write_slice_bytes` must be a multiple of 4,096 up to 1 GiB, found {self.write_slice_bytes}"
+            )
         if self.exchange not in ("auto", "always", "never"):
             raise InvalidInputError(f"option `exchange` must be auto, always or never, found {self.exchange!r}")
         if self.when_busy not in ("wait", "skip", "fail"):
             raise InvalidInputError(f"option `when_busy` must be wait, skip or fail, found {self.when_busy!r}")
         if self.images_max > 2:
             raise InvalidInputError(f"option `images_max` must be 1 or 2, found {self.images_max}")
-
-
-_ZERO_ALLOWED = ("copy_nice", "flush_nice", "terminate_grace_s")
 
 
 def from_environment(base: Options | None = None, **changes: object) -> Options:
@@ -109,3 +121,13 @@ OBJECT_NODES_MAX = 16 * 1024 * 1024  # values in one typed tree
 LEFT_SAMPLES_MAX = (
     1 << 27
 )  # samples by which the data-parallel ranks of an elastic sampler may be apart, all ranks together
+
+# Limits of the event log (docs/reference/events.md).
+EVENT_LINE_BYTES_MAX = 16 * KIB  # one event; what is longer loses its details
+EVENT_LOG_PART_BYTES = MIB  # one file; about 300 saves of one rank
+EVENT_LOG_BYTES_MAX = 64 * MIB  # of one process; then its oldest file goes
+EVENT_LOG_READ_BYTES_MAX = 256 * MIB  # parsed at once, newest files first
+
+# Limits of the report of a run.
+REPORT_RANKS_MAX = 512  # in one timeline; of more ranks, the slowest
+REPORT_ROWS_MAX = 500  # in one table, the newest

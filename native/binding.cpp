@@ -4,6 +4,7 @@
 #include <nanobind/ndarray.h>
 #include <nanobind/stl/pair.h>
 #include <nanobind/stl/string.h>
+#include <nanobind/stl/tuple.h>
 
 #include "ckpt_core.h"
 
@@ -16,6 +17,7 @@ template <class T>
 using Column = nb::ndarray<const T, nb::ndim<1>, nb::c_contig, nb::device::cpu>;
 using Table = nb::ndarray<const int64_t, nb::ndim<2>, nb::c_contig, nb::device::cpu>;
 using Bytes = nb::ndarray<const uint8_t, nb::ndim<1>, nb::c_contig, nb::device::cpu>;
+using Target = nb::ndarray<uint8_t, nb::ndim<1>, nb::c_contig, nb::device::cpu>;
 using Sums = nb::ndarray<uint32_t, nb::ndim<1>, nb::c_contig, nb::device::cpu>;
 using Outcome = std::pair<int, int64_t>;
 
@@ -60,6 +62,39 @@ Outcome crc32c_ranges(int kernel, const Bytes& data, const Column<int64_t>& star
   return {status, bad_range};
 }
 
+std::tuple<int, int64_t, int64_t> pack(int kernel, const Target& target, int64_t start, const Column<uint64_t>& source,
+                                       const Column<uint64_t>& source_limit, const Column<int64_t>& position,
+                                       const Table& lengths, const Table& source_strides, const Column<int64_t>& itemsize,
+                                       const Column<int64_t>& segment_starts, const Column<int64_t>& segment_stops,
+                                       const Sums& out, int32_t threads) {
+  const size_t rows = source.shape(0);
+  const size_t dims = lengths.shape(1);
+  const size_t segments = segment_starts.shape(0);
+  require(source_limit.shape(0) == rows && position.shape(0) == rows && itemsize.shape(0) == rows && lengths.shape(0) == rows &&
+              source_strides.shape(0) == rows && source_strides.shape(1) == dims,
+          "columns of parts differ in length");
+  require(segment_stops.shape(0) == segments && out.shape(0) == segments, "columns of segments differ in length");
+  const ckpt_parts parts{source.data(),         source_limit.data(), position.data(),           lengths.data(),
+                         source_strides.data(), itemsize.data(),     static_cast<int64_t>(rows), static_cast<int64_t>(dims)};
+  int64_t bad_row = -1;
+  int64_t bad_segment = -1;
+  nb::gil_scoped_release released;
+  const ckpt_status status = ckpt_pack(static_cast<ckpt_kernel>(kernel), &parts, target.data(), start,
+                                       start + static_cast<int64_t>(target.shape(0)), segment_starts.data(),
+                                       segment_stops.data(), static_cast<int64_t>(segments), threads, out.data(), &bad_row,
+                                       &bad_segment);
+  return {status, bad_row, bad_segment};
+}
+
+std::tuple<int, bool, int> write_at(int fd, const Bytes& data, int64_t offset, int64_t slice_bytes, int32_t in_flight) {
+  int32_t direct = 0;
+  int32_t error = 0;
+  nb::gil_scoped_release released;
+  const ckpt_status status = ckpt_write_at(fd, data.data(), static_cast<int64_t>(data.shape(0)), offset, slice_bytes,
+                                           in_flight, &direct, &error);
+  return {status, direct != 0, error};
+}
+
 bool kernel_available(int kernel) { return ckpt_kernel_available(static_cast<ckpt_kernel>(kernel)) != 0; }
 
 int kernel_auto() { return ckpt_kernel_auto(); }
@@ -78,6 +113,11 @@ NB_MODULE(_native, module) {
   module.def("crc32c_ranges", &crc32c_ranges, "kernel"_a, "data"_a.noconvert(), "starts"_a.noconvert(),
              "stops"_a.noconvert(), "out"_a.noconvert(), "threads"_a);
   module.def("crc32c_combine", &ckpt_crc32c_combine, "crc_a"_a, "crc_b"_a, "nbytes_b"_a);
+  module.def("pack", &pack, "kernel"_a, "target"_a.noconvert(), "start"_a, "source"_a.noconvert(),
+             "source_limit"_a.noconvert(), "position"_a.noconvert(), "lengths"_a.noconvert(), "source_strides"_a.noconvert(),
+             "itemsize"_a.noconvert(), "segment_starts"_a.noconvert(), "segment_stops"_a.noconvert(), "out"_a.noconvert(),
+             "threads"_a);
+  module.def("write_at", &write_at, "fd"_a, "data"_a.noconvert(), "offset"_a, "slice_bytes"_a, "in_flight"_a);
   module.def("kernel_available", &kernel_available, "kernel"_a);
   module.def("kernel_auto", &kernel_auto);
   module.def("build_info", [] {

@@ -20,6 +20,7 @@ from ckpt.cli.gc import gc
 from ckpt.cli.ls import ls
 from ckpt.cli.plan import plan
 from ckpt.cli.printer import Printer, describe
+from ckpt.cli.report import report
 from ckpt.cli.reshard import reshard
 from ckpt.cli.show import show
 from ckpt.cli.tensors import tensors
@@ -38,7 +39,7 @@ def ckpt() -> None:
     """
 
 
-for _command in (ls, show, tensors, verify, diff, plan, reshard, copy, forget, unforget, gc, doctor):
+for _command in (ls, show, tensors, verify, diff, plan, reshard, copy, report, forget, unforget, gc, doctor):
     ckpt.add_command(_command)
 
 

@@ -9,18 +9,26 @@ import click
 
 from ckpt.cli import texts
 from ckpt.cli.address import Address
-from ckpt.cli.command import ADDRESS, command, opened, saved_layout
+from ckpt.cli.command import ADDRESS, command, opened, opened_run, saved_layout
 from ckpt.cli.printer import Column, Printer, plain
+from ckpt.cli.timing import show_timing
 from ckpt.engine.reader import StoredCheckpoint
-from ckpt.errors import CheckpointError
+from ckpt.errors import CheckpointError, InvalidInputError
 from ckpt.layout.files import write_layout
 
 
 @command("show")
 @click.argument("checkpoint", type=ADDRESS, metavar="URL[@STEP]")
 @click.option("--layout", "only_layout", is_flag=True, help="Print the saved layout, in the form of a layout file.")
-def show(printer: Printer, checkpoint: Address, only_layout: bool) -> None:
+@click.option("--timing", is_flag=True, help="Print where the time of the save went, by phase over the ranks.")
+def show(printer: Printer, checkpoint: Address, only_layout: bool, timing: bool) -> None:
     """Show one checkpoint: when and by whom it was saved, sizes, files, objects, metrics and metadata."""
+    if timing:
+        if only_layout:
+            raise InvalidInputError("--layout and --timing print different things: give one of them")
+        with opened_run(printer, checkpoint) as store:
+            show_timing(printer, checkpoint, store)
+        return
     with opened(printer, checkpoint) as stored:
         if only_layout:
             _show_layout(printer, checkpoint, stored)

@@ -52,6 +52,14 @@ def local_time(created: str) -> str:
         return visible(created)
 
 
+def utc(seconds: float) -> str:
+    """Seconds since the epoch as RFC 3339 in UTC; the epoch itself for what no calendar has."""
+    try:
+        return datetime.datetime.fromtimestamp(seconds, datetime.UTC).isoformat(timespec="milliseconds")
+    except (ValueError, OverflowError, OSError):
+        return datetime.datetime.fromtimestamp(0, datetime.UTC).isoformat(timespec="milliseconds")
+
+
 def shape(lengths: Sequence[int]) -> str:
     """`[4096, 512]`."""
     return "[" + ", ".join(str(length) for length in lengths) + "]"

@@ -82,7 +82,7 @@ class Assembler:
         """
         _check_same_attempt(receipts)
         receipts = [self._with_image(receipt) for receipt in receipts]
-        key = tuple(receipt.structure for receipt in receipts)
+        key = (str(receipts[0].block_bytes), *(receipt.structure for receipt in receipts))
         if self._merged is None or key != self._key:
             self._merged, self._key = _merge(receipts), key
         merged = self._merged

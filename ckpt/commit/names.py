@@ -12,6 +12,7 @@ would not be written by this module is not read by it.
     step-000000001000/<attempt>/removing.json                       images that gc is about to remove
     step-000000001000/<attempt>/receipts/00003-of-00128.receipt     a rank's vote
     step-000000001000/<attempt>/receipts/00003-of-00128.failed.json a rank's reason
+    events/...                                                      what happened (observe/log.py); no part of a checkpoint
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ FORGOTTEN = "forgotten.json"
 ABORTED = "aborted.json"
 PINS = "references.json"
 REMOVING = "removing.json"
+EVENTS = "events/"
 
 _STEP = re.compile(r"step-([0-9]{12})")
 _ATTEMPT = re.compile(r"[0-9a-z-]{8,64}")

@@ -7,6 +7,7 @@ In: a staging that is being filled, or a packer that fills buffers here. Out: a 
 from __future__ import annotations
 
 import contextlib
+import time
 from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import Future, wait
@@ -22,6 +23,7 @@ from ckpt.snapshot.images import allocate
 from ckpt.snapshot.pack import Packer, PackProgram
 from ckpt.snapshot.staging import Staging
 from ckpt.store.base import Store, Writer
+from ckpt.store.rate import TokenBucket
 
 
 class Flusher:
@@ -32,6 +34,9 @@ class Flusher:
         self._worker = Worker("ckpt-write", options.flush_nice)
         self._buffers: list[NDArray[np.uint8]] = []
         self._stopped: CheckpointError | None = None
+        self._rate = TokenBucket(
+            bytes_per_s=options.write_bytes_per_s_max, burst_bytes=options.chunk_bytes, now_s=time.monotonic()
+        )
 
     def prepare(self) -> None:
         """Start the thread that writes."""
@@ -93,6 +98,7 @@ class Flusher:
     def _submit(self, writer: Writer, data: NDArray[np.uint8]) -> Future[None]:
         if self._stopped is not None:
             raise self._stopped
+        time.sleep(self._rate.take(len(data), now_s=time.monotonic()))
         return self._worker.submit(lambda: writer.write(data.data))
 
 

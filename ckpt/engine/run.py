@@ -36,6 +36,7 @@ from ckpt.state import Collector
 from ckpt.store.base import Store
 from ckpt.store.open import open_store
 
+_ABANDON_S = 5.0  # a save that is given up has so long to notice
 _log = logging.getLogger("ckpt")
 
 State = Mapping[str, Any]
@@ -76,7 +77,7 @@ class Run:
     def prepare(self, state: State, layout: Layout | None) -> None:
         """Plan, and make ready memory and threads, so that the first save costs what later ones do. All ranks call."""
         self.check()
-        local, error = self._collect(state, layout)
+        local, error = self._collect(state, layout, Timeline(), stage_devices=False)
         self._session.prepare(local, error)
         self._background.start()
 
@@ -85,7 +86,7 @@ class Run:
         self.check()
         timeline = Timeline()
         with self._told(timeline, request.step):
-            local, error = self._collect(state, layout, timeline)
+            local, error = self._collect(state, layout, timeline, stage_devices=True)
             saved = self._session.save(local, request, error, timeline)
             timeline.add("call", timeline.start, time.perf_counter())
         self._retire()
@@ -98,7 +99,7 @@ class Run:
             return self._skip(request.step, timeline)
         failed = self._first_failure()
         try:
-            local, error = self._collect(state, layout, timeline)
+            local, error = self._collect(state, layout, timeline, stage_devices=False)
             guarded = fence.guarded()
             attempt = self._session.stage(local, request, error, timeline, guarded)
         except BaseException as problem:
@@ -235,9 +236,14 @@ class Run:
 
     def close(self, grace_s: float | None = None) -> None:
         """Finish the saves on their way, within `grace_s` where given, and let go of threads and store. May be called twice."""
+        if grace_s is not None and not self._wait_within(grace_s):
+            self.abandon(f"the process ends, and it was not durable after {grace_s:.1f} s")
+            if not self._wait_within(_ABANDON_S):
+                # A store that does not answer: the threads are daemons, and what they write nobody will take for a save.
+                raise SaveFailedError(
+                    f"saves to {self.store.url} were given up while the store did not answer", kind="abandoned"
+                )
         try:
-            if grace_s is not None and not self._wait_within(grace_s):
-                self.abandon(f"the process ends, and it was not durable after {grace_s:.0f} s")
             self.check()
         finally:
             self._background.close()
@@ -253,11 +259,13 @@ class Run:
         return all(pending.done() for pending, _ in self._on_their_way)
 
     def _collect(
-        self, state: State, layout: Layout | None, timeline: Timeline | None = None
+        self, state: State, layout: Layout | None, timeline: Timeline, *, stage_devices: bool
     ) -> tuple[LocalState, BaseException | None]:
-        with (timeline or Timeline()).phase("walk"):
+        rank, world = self.world.rank, self.world.size
+        with timeline.phase("walk"):
             try:
-                return self._collector.collect(state, rank=self.world.rank, world=self.world.size, layout=layout), None
+                collect = self._collector.collect
+                return collect(state, rank=rank, world=world, layout=layout, stage_devices=stage_devices), None
             except CheckpointError as error:  # the other ranks must hear of it before this one raises
                 return LocalState.empty(), error
 

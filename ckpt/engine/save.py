@@ -35,7 +35,7 @@ from ckpt.format.image import padded_object
 from ckpt.format.spec import LocalState
 from ckpt.kernels import crc32c
 from ckpt.snapshot.devices import DeviceCopies
-from ckpt.snapshot.fence import Ends
+from ckpt.snapshot.fence import Storages
 from ckpt.snapshot.images import Images
 from ckpt.snapshot.pack import Packer, PackProgram, Sources, bind
 from ckpt.snapshot.staging import Copier, Staging
@@ -129,7 +129,7 @@ class SaveSession:
             raise error
         payloads = [padded_object(obj.payload) for obj in local.objects]
         program = self._planner.program(local, planned, payloads)
-        self._sources = bind(program, local.pieces, self._sources)
+        self._sources = bind(program, local.pieces, local.storage_of_piece, self._sources)
         self._images.give_back(self._images.take(program.layout.total_bytes, pinned=_on_device(local), touched=True))
         self._copier.start()
         self._flusher.prepare()
@@ -144,11 +144,16 @@ class SaveSession:
         """
         try:
             if request.incremental:  # what is unchanged is known when all of the image is there
-                return self.finish(self.stage(local, request, error, timeline))
-            return self.finish(self._prepare(local, request, error, timeline or Timeline()))
+                attempt = self.stage(local, request, error, timeline)
+            else:
+                attempt = self._prepare(local, request, error, timeline or Timeline())
+            saved = self.finish(attempt)
         except BaseException:
             self.plan_again()  # every rank failed with this one, and all must agree anew
             raise
+        if saved.structure_changed:
+            self.plan_again()
+        return saved
 
     def stage(
         self,
@@ -156,7 +161,7 @@ class SaveSession:
         request: Request,
         error: BaseException | None = None,
         timeline: Timeline | None = None,
-        guarded: Sequence[Ends] = (),
+        guarded: Sequence[Storages] = (),
     ) -> Attempt:
         """Begin to copy `local` into an image; then `finish`. All ranks call, with less than `images_max` saves on their way.
 
@@ -167,10 +172,9 @@ class SaveSession:
         with self._telling_others(request.step, attempt.id):
             pinned = _on_device(local)
             memory = self._images.take(attempt.program.layout.total_bytes, pinned=pinned)
-            devices = DeviceCopies.none(len(local.pieces.boxes))
-            attempt.staging = Staging(attempt.packer, memory, timeline=attempt.timeline, devices=devices)
+            attempt.staging = Staging(attempt.packer, memory, timeline=attempt.timeline, devices=DeviceCopies(local))
             if self._options.check_fence:
-                attempt.expected = self._checksums_now(attempt)
+                attempt.expected = self._checksums_now(attempt, local)
             attempt.staging.begin(guarded, attempt.keep_alive)
             attempt.keep_alive = ()
             self._copier.submit(attempt.staging)
@@ -279,7 +283,7 @@ class SaveSession:
             header_bytes=len(layout.header),
             header_crc32c=crc32c(layout.header),
         )
-        self._sources = bind(program, local.pieces, self._sources)
+        self._sources = bind(program, local.pieces, local.storage_of_piece, self._sources)
         return Attempt(
             request=request,
             id=attempt_id,
@@ -314,12 +318,16 @@ class SaveSession:
 
     # a state that nobody may change
 
-    def _checksums_now(self, attempt: Attempt) -> NDArray[np.uint32]:
+    def _checksums_now(self, attempt: Attempt, local: LocalState) -> NDArray[np.uint32]:
         """Checksums of the state at this moment, by a copy that the training waits for."""
         now = Packer(attempt.packer.sources, [b""] * len(attempt.program.layout.object_offsets), threads=1)
-        scratch = np.empty(attempt.program.chunk_bytes, np.uint8)
+        scratch, devices = np.empty(attempt.program.layout.total_bytes, np.uint8), DeviceCopies(local)
+        on_device = devices.start(now, scratch)
+        now.copy_parts(np.flatnonzero(~on_device), scratch, 0)
         for chunk in range(attempt.program.num_chunks):
-            now.pack(chunk, scratch)
+            devices.wait_for(chunk)
+            low, high = attempt.program.chunk_range(chunk)
+            now.checksum(chunk, scratch[low:high])
         return now.checksums
 
     def _refuse_changed(self, attempt: Attempt) -> None:
@@ -467,4 +475,4 @@ class SaveSession:
 
 
 def _on_device(local: LocalState) -> bool:
-    return False
+    return local.on_device is not None and bool(local.on_device.any())

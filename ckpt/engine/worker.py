@@ -11,7 +11,7 @@ from collections.abc import Callable
 from concurrent.futures import Future
 from typing import Any, TypeVar
 
-from ckpt.snapshot.staging import lower_priority
+from ckpt.kernels import set_thread_nice
 
 _T = TypeVar("_T")
 
@@ -49,7 +49,7 @@ class Worker:
             self._thread = None
 
     def _run(self) -> None:
-        lower_priority(self._nice)
+        set_thread_nice(self._nice)
         while (item := self._tasks.get()) is not None:
             future, task = item
             try:

@@ -28,6 +28,24 @@ def crc32c_ranges(
     threads: int,
 ) -> tuple[int, int]: ...
 def crc32c_combine(crc_a: int, crc_b: int, nbytes_b: int) -> int: ...
+def pack(
+    kernel: int,
+    target: NDArray[np.uint8],
+    start: int,
+    source: NDArray[np.uint64],
+    source_limit: NDArray[np.uint64],
+    position: NDArray[np.int64],
+    lengths: NDArray[np.int64],
+    source_strides: NDArray[np.int64],
+    itemsize: NDArray[np.int64],
+    segment_starts: NDArray[np.int64],
+    segment_stops: NDArray[np.int64],
+    out: NDArray[np.uint32],
+    threads: int,
+) -> tuple[int, int, int]: ...
+def write_at(
+    fd: int, data: NDArray[np.uint8], offset: int, slice_bytes: int, in_flight: int
+) -> tuple[int, bool, int]: ...
 def kernel_available(kernel: int) -> bool: ...
 def kernel_auto() -> int: ...
 def build_info() -> dict[str, str]: ...

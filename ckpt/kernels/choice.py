@@ -36,6 +36,8 @@ class Status(IntEnum):
     TARGET_OUT_OF_BOUNDS = 3
     TARGET_OVERLAPS = 4
     NO_KERNEL = 5
+    SEGMENT_OUT_OF_BOUNDS = 6
+    SYSTEM_ERROR = 7
 
 
 def demanded() -> str | None:

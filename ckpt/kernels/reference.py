@@ -7,7 +7,10 @@ be read, not to be fast. Never calls the native core.
 from __future__ import annotations
 
 import ctypes
+import errno
+import fcntl
 import math
+import os
 from typing import Any
 
 import numpy as np
@@ -17,6 +20,7 @@ from ckpt.kernels.choice import Status
 
 DIMS_MAX = 64  # CKPT_DIMS_MAX in native/include/ckpt_core.h
 _INT64_MAX = 2**63 - 1
+_BLOCK_BYTES = 4096  # what direct I/O takes
 
 
 def copy_boxes(
@@ -185,3 +189,96 @@ def crc32c_ranges(
 def crc32c_combine(a: int, b: int, nbytes_b: int) -> int:
     """CRC-32C of A followed by B."""
     return int(_multiply(a, _power_of_bytes(nbytes_b))) ^ b
+
+
+def pack(
+    *,
+    target: NDArray[np.uint8],
+    start: int,
+    source: NDArray[np.uint64],
+    source_limit: NDArray[np.uint64],
+    position: NDArray[np.int64],
+    lengths: NDArray[np.int64],
+    source_strides: NDArray[np.int64],
+    itemsize: NDArray[np.int64],
+    segment_starts: NDArray[np.int64],
+    segment_stops: NDArray[np.int64],
+    out: NDArray[np.uint32],
+) -> tuple[int, int, int]:
+    """(status, first row at fault or -1, first segment at fault or -1); checks all, then copies all, then sums."""
+    if lengths.shape[1] > DIMS_MAX:
+        return Status.BAD_ARGUMENT, -1, -1
+    rows = []
+    previous, stop = start, start + target.size
+    for r in range(len(source)):
+        row = _packed_row(r, source, source_limit, lengths, source_strides, itemsize)
+        status = row.check()
+        at = int(position[r])
+        if status == Status.OK and 0 not in row.lengths:
+            nbytes = math.prod(row.lengths) * row.itemsize
+            if at < start or at + nbytes > stop:
+                status = Status.TARGET_OUT_OF_BOUNDS
+            elif at < previous:
+                status = Status.TARGET_OVERLAPS
+            previous = at + nbytes
+            row.target = target.ctypes.data + at - start
+            rows.append(row)
+        if status != Status.OK:
+            return status, r, -1
+    previous = start
+    for i, (low, high) in enumerate(zip(segment_starts.tolist(), segment_stops.tolist(), strict=True)):
+        if not previous <= low <= high <= stop:
+            return Status.SEGMENT_OUT_OF_BOUNDS, -1, i
+        previous = high
+    for row in rows:
+        row.copy()
+    for i, (low, high) in enumerate(zip(segment_starts.tolist(), segment_stops.tolist(), strict=True)):
+        out[i] = crc32c(target[low - start : high - start])
+    return Status.OK, -1, -1
+
+
+def _packed_row(
+    r: int,
+    source: NDArray[np.uint64],
+    source_limit: NDArray[np.uint64],
+    lengths: NDArray[np.int64],
+    source_strides: NDArray[np.int64],
+    itemsize: NDArray[np.int64],
+) -> _Row:
+    """Row `r` with dense target strides, the last dim fastest; the target itself is set and bounded by the caller."""
+    shape = tuple(lengths[r].tolist())
+    size = int(itemsize[r])
+    return _Row(
+        source=(int(source[r]), int(source_limit[r])),
+        target=(0, 1 << 66),
+        lengths=shape,
+        source_strides=tuple(source_strides[r].tolist()),
+        target_strides=tuple(math.prod(shape[d + 1 :]) * size for d in range(len(shape))),
+        itemsize=size,
+    )
+
+
+def write_at(fd: int, data: NDArray[np.uint8], offset: int) -> tuple[int, bool, int]:
+    """(status, still direct, errno): one write after the other, continued where one was short."""
+    direct = bool(fcntl.fcntl(fd, fcntl.F_GETFL) & getattr(os, "O_DIRECT", 0))
+    view, start = data.data, 0
+    while start < len(view):
+        try:
+            count = os.pwrite(fd, view[start:], offset + start)
+        except OSError as error:
+            if error.errno != errno.EINVAL or not direct:
+                return Status.SYSTEM_ERROR, direct, int(error.errno or errno.EIO)
+            direct = _leave_direct(fd)
+            continue
+        if count == 0:
+            return Status.SYSTEM_ERROR, direct, errno.EIO
+        start += count
+        if direct and start < len(view) and count % _BLOCK_BYTES:
+            direct = _leave_direct(fd)  # the next position is not on a block
+    return Status.OK, direct, 0
+
+
+def _leave_direct(fd: int) -> bool:
+    flags = fcntl.fcntl(fd, fcntl.F_GETFL)
+    fcntl.fcntl(fd, fcntl.F_SETFL, flags & ~os.O_DIRECT)
+    return False

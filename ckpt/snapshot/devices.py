@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from ckpt.format.spec import LocalState
 from ckpt.snapshot.pack import Packer
 
 GATHER_BYTES_MAX = 256 << 10  # a smaller part is gathered with its neighbours before it is copied
@@ -32,20 +33,16 @@ class DeviceCopies:
     """The device part of one staging. `start` and `hold` on the training thread; `wait_for` on any.
 
     Args:
-        tensors: per piece the tensor that holds it, None for pieces on the host.
-        on_device: [N] which pieces lie on a CUDA device.
+        local: the state, its tensors on CUDA devices left where they are.
     """
 
-    def __init__(self, tensors: Sequence[torch.Tensor | None], on_device: NDArray[np.bool_]) -> None:
-        self._tensors, self._on_device = tensors, on_device
+    def __init__(self, local: LocalState) -> None:
+        self._owner_of_piece, self._owners = local.pieces.boxes.tensor, local.keep_alive
+        none = np.zeros(len(local.pieces.boxes), bool)
+        self._on_device: NDArray[np.bool_] = none if local.on_device is None else local.on_device
         self._piece = np.empty(0, np.int64)  # of each part of the program
         self._events: dict[int, list[torch.cuda.Event]] = {}  # of the last copy into each chunk, per device
         self._last: dict[torch.device, torch.cuda.Event] = {}
-
-    @staticmethod
-    def none(num_pieces: int) -> DeviceCopies:
-        """Everything lies on the host."""
-        return DeviceCopies((), np.zeros(num_pieces, bool))
 
     @property
     def any(self) -> bool:
@@ -123,8 +120,8 @@ class DeviceCopies:
         return view.contiguous().view(-1).view(torch.uint8)
 
     def _tensor(self, row: int) -> torch.Tensor:
-        tensor = self._tensors[int(self._piece[row])]
-        assert tensor is not None
+        tensor = self._owners[int(self._owner_of_piece[self._piece[row]])]
+        assert isinstance(tensor, torch.Tensor)
         return tensor
 
     def hold(self) -> None:

@@ -25,8 +25,9 @@ from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
 from ckpt.errors import InvalidInputError
+from ckpt.state.fenced import fenced_storages
 
-Ends = NDArray[np.uint64]  # sorted: addresses at which storages end, which is how pieces and tensors are matched
+Storages = NDArray[np.uint64]  # where torch storages begin, which is how pieces and tensors are matched
 
 
 class Waiting(Protocol):
@@ -35,8 +36,8 @@ class Waiting(Protocol):
     @property
     def copied(self) -> bool: ...
 
-    def hold(self, ends: Ends | None) -> None:
-        """Return when everything in storages that end at `ends` (all when None) is copied, or bound to be in time."""
+    def hold(self, storages: Storages | None) -> None:
+        """Return when everything in `storages` (all of it when None) is copied, or bound to be in time."""
 
 
 @dataclass(eq=False)
@@ -46,14 +47,14 @@ class _Guard:
     handles: list[Any] = field(default_factory=list)
     turn: int = 0  # when it stepped last, counted over all optimizers
 
-    def ends(self) -> Ends:
+    def storages(self) -> Storages:
         """Of everything that changes when the optimizer steps."""
         optimizer = self.optimizer()
-        if optimizer is None:
-            return np.empty(0, np.uint64)
-        others = (owner for reference in self.also if (owner := reference()) is not None)
-        tensors = itertools.chain(_tensors_of(optimizer), *map(_tensors_in, others))
-        return np.unique(np.array([_end_of(tensor) for tensor in tensors], np.uint64))
+        found = set() if optimizer is None else fenced_storages([optimizer])
+        for reference in self.also:
+            owner = reference()
+            found |= {_storage_of(tensor) for tensor in (() if owner is None else _tensors_in(owner))}
+        return np.array(sorted(found), np.uint64)
 
 
 _guards: weakref.WeakKeyDictionary[Optimizer, _Guard] = weakref.WeakKeyDictionary()
@@ -118,10 +119,10 @@ def fence() -> None:
         one.hold(None)
 
 
-def guarded() -> list[Ends]:
+def guarded() -> list[Storages]:
     """The storages that a fence guards, one entry per optimizer, in the order in which they stepped last."""
     guards = sorted((guard for guard in list(_guards.values())), key=lambda guard: guard.turn)
-    return [guard.ends() for guard in guards]
+    return [guard.storages() for guard in guards]
 
 
 def add(one: Waiting) -> None:
@@ -160,23 +161,14 @@ def _before_step(optimizer: Optimizer, *_: Any) -> None:
     waiting = _on_their_way()
     if not waiting:
         return
-    ends = None if len(_guards) == 1 else guard.ends()
+    storages = None if len(_guards) == 1 else guard.storages()
     for one in waiting:
-        one.hold(ends)
+        one.hold(storages)
 
 
 def _before_load(optimizer: Optimizer, *_: Any) -> None:
     for one in _on_their_way():
         one.hold(None)
-
-
-def _tensors_of(optimizer: Optimizer) -> Iterator[torch.Tensor]:
-    for group in optimizer.param_groups:
-        yield from group["params"]
-    for slots in optimizer.state.values():
-        for value in slots.values() if isinstance(slots, dict) else ():
-            if isinstance(value, torch.Tensor):
-                yield value
 
 
 def _tensors_in(owner: Any) -> Iterator[torch.Tensor]:
@@ -187,7 +179,6 @@ def _tensors_in(owner: Any) -> Iterator[torch.Tensor]:
         yield owner
 
 
-def _end_of(tensor: torch.Tensor) -> int:
+def _storage_of(tensor: torch.Tensor) -> int:
     local = tensor._local_tensor if isinstance(tensor, DTensor) else tensor
-    storage = local.untyped_storage()
-    return storage.data_ptr() + storage.nbytes()
+    return local.untyped_storage().data_ptr()

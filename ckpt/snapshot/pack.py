@@ -15,9 +15,8 @@ from numpy.typing import NDArray
 from ckpt.format.checksum import block_ranges
 from ckpt.format.image import ImageLayout
 from ckpt.format.spec import PieceTable, TensorSpec
-from ckpt.kernels import copy_boxes, crc32c_combine, crc32c_ranges
+from ckpt.kernels import crc32c_combine, crc32c_ranges, pack
 from ckpt.layout.box import BoxTable, Int64Array, boxes_of_flat_range
-from ckpt.plan.read import contiguous_strides
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -144,11 +143,20 @@ class Sources:
     source: NDArray[np.uint64]  # [K]
     limit: NDArray[np.uint64]  # [K]
     strides: Int64Array  # [K, D]
-    target_strides: Int64Array  # [K, D]
+    storage: NDArray[np.uint64]  # [K] where the block of memory begins that the part lies in; 0 where nobody knows
 
 
-def bind(program: PackProgram, pieces: PieceTable, last: Sources | None = None) -> Sources:
-    """The sources of `program` in `pieces`; `last` itself when both are the very objects that it was made of."""
+def bind(
+    program: PackProgram,
+    pieces: PieceTable,
+    storage: NDArray[np.uint64] | None = None,
+    last: Sources | None = None,
+) -> Sources:
+    """The sources of `program` in `pieces`; `last` itself when both are the very objects that it was made of.
+
+    Args:
+        storage: [N] where the block of memory begins that piece i lies in.
+    """
     if last is not None and last.program is program and last.pieces is pieces:
         return last
     strides = pieces.strides[program.piece]
@@ -158,7 +166,7 @@ def bind(program: PackProgram, pieces: PieceTable, last: Sources | None = None) 
         source=pieces.address[program.piece] + (program.within * strides).sum(axis=1).astype(np.uint64),
         limit=pieces.limit[program.piece],
         strides=strides,
-        target_strides=contiguous_strides(program.lengths, program.itemsize),
+        storage=np.zeros(len(program.piece), np.uint64) if storage is None else storage[program.piece],
     )
 
 
@@ -189,24 +197,27 @@ class Packer:
         self.copy_parts(self.rows_of(chunk), buffer, self._program.chunk_range(chunk)[0])
         self.put_raw(chunk, buffer)
 
-    def copy_parts(self, rows: slice | Int64Array, buffer: NDArray[np.uint8], start: int, threads: int = 0) -> None:
-        """Copy these parts to their places in `buffer`, whose first byte is byte `start` of the image."""
-        program, sources = self._program, self._sources
-        position = program.position[rows]
-        if not len(position):
-            return
-        base = buffer.ctypes.data
-        copy_boxes(
-            source=sources.source[rows],
-            source_limit=sources.limit[rows],
-            target=(position - start + base).astype(np.uint64),
-            target_limit=np.full(len(position), base + len(buffer), np.uint64),
-            lengths=program.lengths[rows],
-            source_strides=sources.strides[rows],
-            target_strides=sources.target_strides[rows],
-            itemsize=program.itemsize[rows],
-            threads=threads or self._threads,
-        )
+    def pack(self, chunk: int, buffer: NDArray[np.uint8], rows: slice | Int64Array | None = None) -> None:
+        """`fill` and `checksum` in one pass over the memory.
+
+        Args:
+            rows: the parts to copy, ascending; all of the chunk's when None. What they leave out is in `buffer` already.
+        """
+        segments = self._segments(chunk)
+        rows = self.rows_of(chunk) if rows is None else rows
+        self._crc[segments] = self._copy(rows, buffer, self._program.chunk_range(chunk)[0], segments)
+        self.put_raw(chunk, buffer)  # the header and objects: no block covers them
+
+    def checksum(self, chunk: int, buffer: NDArray[np.uint8]) -> None:
+        """Sum the blocks of `chunk`, whose bytes are in `buffer`. Chunks in any order."""
+        program, rows = self._program, self._segments(chunk)
+        start, _ = program.chunk_range(chunk)
+        low, high = program.segment_start[rows] - start, program.segment_stop[rows] - start
+        self._crc[rows] = crc32c_ranges(buffer, low, high, threads=self._threads)
+
+    def copy_parts(self, rows: slice | Int64Array, buffer: NDArray[np.uint8], start: int) -> None:
+        """Copy these parts, ascending, to their places in `buffer`, whose first byte is byte `start` of the image."""
+        self._copy(rows, buffer, start, slice(0, 0))
 
     def put_raw(self, chunk: int, buffer: NDArray[np.uint8]) -> None:
         """Put the bytes of the header and of objects that lie in `chunk` into `buffer`."""
@@ -216,18 +227,26 @@ class Packer:
             if low < high:
                 buffer[low - start : high - start] = np.frombuffer(data, np.uint8)[low - offset : high - offset]
 
-    def checksum(self, chunk: int, buffer: NDArray[np.uint8]) -> None:
-        """Sum the blocks of `chunk`, whose bytes are in `buffer`. Chunks in any order."""
-        program = self._program
-        start, _ = program.chunk_range(chunk)
-        rows = slice(int(program.segment_starts[chunk]), int(program.segment_starts[chunk + 1]))
-        low, high = program.segment_start[rows] - start, program.segment_stop[rows] - start
-        self._crc[rows] = crc32c_ranges(buffer, low, high, threads=self._threads)
+    def _copy(
+        self, rows: slice | Int64Array, buffer: NDArray[np.uint8], start: int, segments: slice
+    ) -> NDArray[np.uint32]:
+        program, sources = self._program, self._sources
+        return pack(
+            buffer,
+            start=start,
+            source=sources.source[rows],
+            source_limit=sources.limit[rows],
+            position=program.position[rows],
+            lengths=program.lengths[rows],
+            source_strides=sources.strides[rows],
+            itemsize=program.itemsize[rows],
+            segment_starts=program.segment_start[segments],
+            segment_stops=program.segment_stop[segments],
+            threads=self._threads,
+        )
 
-    def pack(self, chunk: int, buffer: NDArray[np.uint8]) -> None:
-        """`fill` and `checksum`."""
-        self.fill(chunk, buffer)
-        self.checksum(chunk, buffer)
+    def _segments(self, chunk: int) -> slice:
+        return slice(int(self._program.segment_starts[chunk]), int(self._program.segment_starts[chunk + 1]))
 
     @property
     def checksums(self) -> NDArray[np.uint32]:

@@ -7,8 +7,6 @@ by the training thread when a fence holds it, so that it never waits for work th
 
 from __future__ import annotations
 
-import contextlib
-import os
 import queue
 import threading
 import time
@@ -19,6 +17,7 @@ from numpy.typing import NDArray
 
 from ckpt import failpoints
 from ckpt.events import Timeline
+from ckpt.kernels import set_thread_nice
 from ckpt.layout.box import Int64Array
 from ckpt.snapshot import fence
 from ckpt.snapshot.devices import DeviceCopies
@@ -38,7 +37,7 @@ class Staging:
         self._state = np.full(program.num_chunks, _WAITING, np.int8)  # of each chunk, as far as the host copies
         self._order: list[int] = []
         self._late = np.zeros(len(program.piece), bool)  # parts that `begin` left for later
-        self._apart = np.zeros(program.num_chunks, bool)  # something in the chunk was put there by `begin` or a device
+        self._apart = np.zeros(program.num_chunks, bool)  # a device puts something into the chunk, at its own time
         self._summed = np.zeros(program.num_chunks, bool)
         self._error: BaseException | None = None
         self._keep_alive: tuple[object, ...] = ()
@@ -54,7 +53,7 @@ class Staging:
         """True when no fence needs to hold for this any more."""
         return bool((self._state == _DONE).all()) and self._devices.finished
 
-    def begin(self, guarded: Sequence[fence.Ends], keep_alive: tuple[object, ...]) -> None:
+    def begin(self, guarded: Sequence[fence.Storages], keep_alive: tuple[object, ...]) -> None:
         """Copy what nobody guards; start the copies from devices; put the fences up for the rest.
 
         Args:
@@ -63,14 +62,14 @@ class Staging:
         """
         program, packer = self._program, self._packer
         on_device = self._devices.start(packer, self._image)
-        ends = np.concatenate(guarded) if guarded else np.empty(0, np.uint64)
-        self._late = np.isin(packer.sources.limit, ends) & ~on_device
+        fenced = np.concatenate(guarded) if guarded else np.empty(0, np.uint64)
+        self._late = np.isin(packer.sources.storage, fenced) & ~on_device
         packer.copy_parts(np.flatnonzero(~self._late & ~on_device), self._image, 0)
         for chunk in range(program.num_chunks):
             low, high = program.chunk_range(chunk)
             packer.put_raw(chunk, self._image[low:high])
         chunk_of = program.position // program.chunk_bytes
-        self._apart[chunk_of[~self._late]] = True
+        self._apart[chunk_of[on_device]] = True
         self._state[:] = _DONE
         self._state[chunk_of[self._late]] = _WAITING
         self._order = self._urgent_first(guarded, chunk_of)
@@ -78,13 +77,13 @@ class Staging:
             self._keep_alive = keep_alive
             fence.add(self)
 
-    def _urgent_first(self, guarded: Sequence[fence.Ends], chunk_of: Int64Array) -> list[int]:
+    def _urgent_first(self, guarded: Sequence[fence.Storages], chunk_of: Int64Array) -> list[int]:
         """Chunks by when the first of their tensors changes."""
         turn = np.full(self._program.num_chunks, len(guarded), np.int64)
         if len(guarded) > 1:
-            limit = self._packer.sources.limit
+            storage = self._packer.sources.storage
             for number in reversed(range(len(guarded))):
-                turn[chunk_of[np.isin(limit, guarded[number])]] = number
+                turn[chunk_of[np.isin(storage, guarded[number])]] = number
         return [int(chunk) for chunk in np.argsort(turn, kind="stable") if self._state[chunk] == _WAITING]
 
     def run(self) -> None:
@@ -96,11 +95,11 @@ class Staging:
         if nbytes:
             self._timeline.add("copy", start, time.perf_counter(), nbytes=nbytes)
 
-    def hold(self, ends: fence.Ends | None) -> None:
+    def hold(self, storages: fence.Storages | None) -> None:
         """Return when what lies in these storages is copied. The training thread, at a fence: it copies, too."""
         start = time.perf_counter()
         self._devices.hold()
-        wanted = self._chunks_of(ends)
+        wanted = self._chunks_of(storages)
         while (chunk := self._claim(wanted)) is not None:
             self._copy(chunk, summed=False)
         with self._changed:
@@ -145,16 +144,16 @@ class Staging:
         return None
 
     def _copy(self, chunk: int, *, summed: bool) -> int:
-        """Copy what is late in `chunk`; sum it while it is in the cache when all of the chunk is. Returns its bytes."""
+        """Copy what is late in `chunk`, and sum the chunk while it is in the cache. Returns its bytes."""
         low, high = self._program.chunk_range(chunk)
         buffer = self._image[low:high]
         try:
+            rows = self._packer.rows_of(chunk)
+            late = np.flatnonzero(self._late[rows]) + rows.start
             if summed and not self._apart[chunk]:
-                self._packer.pack(chunk, buffer)
+                self._packer.pack(chunk, buffer, late)
                 self._summed[chunk] = True
             else:
-                rows = self._packer.rows_of(chunk)
-                late = np.flatnonzero(self._late[rows]) + rows.start
                 self._packer.copy_parts(late, buffer, low)
         except BaseException as error:  # noqa: BLE001 - raised by `wait_for`; the training must not stop for it
             self._error = self._error or error
@@ -165,10 +164,10 @@ class Staging:
             self._changed.notify_all()
         return high - low
 
-    def _chunks_of(self, ends: fence.Ends | None) -> list[int]:
-        if ends is None:
+    def _chunks_of(self, storages: fence.Storages | None) -> list[int]:
+        if storages is None:
             return self._order
-        rows = self._late & np.isin(self._packer.sources.limit, ends)
+        rows = self._late & np.isin(self._packer.sources.storage, storages)
         wanted = set(np.unique(self._program.position[rows] // self._program.chunk_bytes).tolist())
         return [chunk for chunk in self._order if chunk in wanted]
 
@@ -200,13 +199,7 @@ class Copier:
             self._thread = None
 
     def _run(self) -> None:
-        lower_priority(self._nice)
+        set_thread_nice(self._nice)
         while (staging := self._tasks.get()) is not None:
             staging.run()
             del staging  # nothing of a step is kept until the next one
-
-
-def lower_priority(nice: int) -> None:
-    """Let the calling thread, and those that it starts, go after others; where the system refuses they do not."""
-    with contextlib.suppress(OSError, AttributeError):
-        os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), max(nice, os.getpriority(os.PRIO_PROCESS, 0)))

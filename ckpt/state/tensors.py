@@ -149,18 +149,19 @@ class DTensorPlaces:
 
     def locate(self, name: str, tensor: DTensor) -> Located:
         """A DTensor's place: its boxes follow from its mesh and placements."""
-        mesh, placements = tensor.device_mesh, tensor.placements
+        spec = tensor._spec  # its fields, and not the properties of the tensor: 20,000 of those take 20 ms
+        mesh, placements = spec.mesh, spec.placements
         grid = self._last
         if grid is None or grid.mesh is not mesh or not grid.has(placements):
             grid = self._last = self._find(name, mesh, placements)
-        memory, shape = plain_memory(name, tensor.to_local()), tuple(tensor.shape)
-        if grid.coordinate is None:
-            return Located(shape=shape, placed=(), memory=memory, is_checked=True)
-        key = (shape, tuple(memory.shape))
+        memory = plain_memory(name, tensor._local_tensor)
+        key = (tensor.shape, memory.shape)
         found = grid.placed.get(key)
         if found is None:
-            found = grid.placed[key] = _grid_placed(name, grid, *key)
-        return Located(shape, found, memory, grid.on, True)
+            shape = tuple(tensor.shape)
+            placed = () if grid.coordinate is None else _grid_placed(name, grid, shape, tuple(memory.shape))
+            found = grid.placed[key] = (shape, placed)
+        return Located(*found, memory, None if grid.coordinate is None else grid.on, True)
 
     def _find(self, name: str, mesh: DeviceMesh, placements: tuple[object, ...]) -> _Grid:
         same = (id(mesh), placements, *map(type, placements))
@@ -179,11 +180,16 @@ class _Grid:
     kinds: list[type]  # of those: in some torches a strided Shard equals a plain one
     coordinate: tuple[int, ...] | None  # None: this rank is not in the mesh
     on: MeshPlacement
-    placed: dict[tuple[tuple[int, ...], tuple[int, ...]], tuple[Placed, ...]] = field(default_factory=dict)
+    # By global and local shape: the global one as a plain tuple, and the boxes.
+    placed: dict[tuple[torch.Size, torch.Size], tuple[tuple[int, ...], tuple[Placed, ...]]] = field(
+        default_factory=dict
+    )
 
     def has(self, placements: tuple[object, ...]) -> bool:
         """Whether these are its placements."""
-        return placements == self.placements and list(map(type, placements)) == self.kinds
+        return (
+            placements is self.placements or placements == self.placements and list(map(type, placements)) == self.kinds
+        )
 
 
 def _grid(name: str, mesh: DeviceMesh, placements: tuple[object, ...]) -> _Grid:
@@ -220,7 +226,7 @@ def plain_memory(name: str, tensor: torch.Tensor) -> torch.Tensor:
 
 def overlaps_itself(memory: torch.Tensor) -> bool:
     """True when two elements may share an address (an expanded tensor): such memory cannot be written in place."""
-    if memory.numel() == 0:
+    if memory.numel() == 0 or memory.is_contiguous():
         return False
     reach = 1
     sizes = zip(memory.stride(), memory.shape, strict=True)

@@ -24,6 +24,7 @@ from ckpt.store.posix_writer import PosixWriter
 
 _READ_FLAGS = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC  # a FIFO must not block us
 _NEW_FILE = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC | os.O_NOFOLLOW
+_APPENDED_FILE = os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK
 _TEMPORARY = ".tmp-"  # begins the name of every unfinished file; no key may begin so
 _NO_LINKS = (errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK)
 _RENAME_NOREPLACE = 1
@@ -92,7 +93,7 @@ class PosixStore:
             key=key,
             nbytes=nbytes,
             direct=options.direct_io and (nbytes is None or nbytes >= options.chunk_bytes),
-            buffer_bytes=options.chunk_bytes,
+            options=options,
         )
 
     def put(self, key: str, data: bytes) -> None:
@@ -110,6 +111,25 @@ class PosixStore:
             if self.read(key) != data:
                 raise AlreadyExistsError(f"`{key}` in {self._url} exists already") from None
             self._sync_folder_of(key)
+
+    def append(self, key: str, data: bytes) -> None:
+        """Add to the end of a file, made where there is none, in one write and without syncing: for logs, not for data.
+
+        Not of `Store`: object stores cannot.
+        """
+        folders, name = _parts(key)
+        try:
+            with self._tree.made(folders) as folder:
+                fd = os.open(name, _APPENDED_FILE, 0o666, dir_fd=folder)
+            try:
+                if os.write(fd, data) < len(data):
+                    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            finally:
+                os.close(fd)
+        except OSError as error:
+            if isinstance(error, StoreError):
+                raise
+            raise self._error(error, key, "append to") from error
 
     def delete(self, keys: Sequence[str]) -> None:
         touched: set[tuple[str, ...]] = set()

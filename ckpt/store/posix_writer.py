@@ -4,21 +4,23 @@ In: memoryviews of any size and alignment. Out: a durable file. Never replaces a
 again whose sync failed: Linux then calls the lost pages clean, and the second sync would lie.
 
 Direct I/O takes whole blocks from block-aligned memory. Aligned input goes down as it is; the rest passes through one
-aligned buffer of this writer. The last block is padded and the file then cut to its true size.
+aligned buffer of this writer. The last block is padded and the file then cut to its true size. A file system that
+refuses direct I/O, at the start or later, is written to through the page cache; `direct` says so.
 """
 
 from __future__ import annotations
 
 import contextlib
 import errno
-import fcntl
 import mmap
 import os
 from collections.abc import Iterator
 
 import numpy as np
 
+from ckpt.config import Options
 from ckpt.errors import AlreadyExistsError, CheckpointError
+from ckpt.kernels import write_at
 from ckpt.store.posix_folders import FOLDER_RETRIES, FolderTree, error_of, split_key
 
 BLOCK_BYTES = 4096  # a multiple of every logical block size in use
@@ -28,12 +30,12 @@ _NEW_FILE = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC | os.O_NOFOLLOW
 class PosixWriter:
     """A `Writer` on a local file. One thread at a time; `direct` says whether the page cache is left out."""
 
-    def __init__(self, tree: FolderTree, *, url: str, key: str, nbytes: int | None, direct: bool, buffer_bytes: int):
+    def __init__(self, tree: FolderTree, *, url: str, key: str, nbytes: int | None, direct: bool, options: Options):
         self._tree = tree
         self._url = url
         self._key = key
         self._folders, self._name = split_key(key)
-        self._buffer_bytes = max(BLOCK_BYTES, buffer_bytes // BLOCK_BYTES * BLOCK_BYTES)
+        self._options = options
         self._staging: mmap.mmap | None = None
         self._staged = 0  # bytes waiting in the staging buffer
         self._written = 0  # bytes given to the kernel
@@ -117,12 +119,12 @@ class PosixWriter:
     def _stage(self, view: memoryview) -> None:
         while len(view):
             if self._staging is None:
-                self._staging = mmap.mmap(-1, self._buffer_bytes)  # anonymous maps are page-aligned
-            count = min(len(view), self._buffer_bytes - self._staged)
+                self._staging = mmap.mmap(-1, self._options.chunk_bytes)  # anonymous maps are page-aligned
+            count = min(len(view), self._options.chunk_bytes - self._staged)
             self._staging[self._staged : self._staged + count] = view[:count]
             self._staged += count
             view = view[count:]
-            if self._staged == self._buffer_bytes:
+            if self._staged == self._options.chunk_bytes:
                 self._write_staged(self._staged)
                 self._staged = 0
 
@@ -145,26 +147,12 @@ class PosixWriter:
             self._write_all(part)
 
     def _write_all(self, view: memoryview) -> None:
-        start = 0
-        while start < len(view):
-            try:
-                count = os.pwrite(self._fd, view[start:], self._written)
-            except OSError as error:
-                if error.errno != errno.EINVAL or not self.direct:
-                    raise
-                self._leave_direct()
-                continue
-            if count == 0:
-                raise OSError(errno.EIO, "the kernel took no bytes")
-            start += count
-            self._written += count
-            if self.direct and count % BLOCK_BYTES:
-                self._leave_direct()  # a short write: the next position is not on a block
-
-    def _leave_direct(self) -> None:
-        flags = fcntl.fcntl(self._fd, fcntl.F_GETFL)
-        fcntl.fcntl(self._fd, fcntl.F_SETFL, flags & ~os.O_DIRECT)
-        self.direct = False
+        """All of `view` behind what is written; `direct` turns off where the system refuses a direct write."""
+        options = self._options
+        self.direct = write_at(
+            self._fd, view, self._written, slice_bytes=options.write_slice_bytes, in_flight=options.write_in_flight
+        )
+        self._written += len(view)
 
     def _close(self) -> None:
         if self._fd >= 0:

@@ -1,4 +1,4 @@
-/* The contract of ckpt's native core: n-d box copy and CRC-32C.
+/* The contract of ckpt's native core: n-d box copy, CRC-32C, both fused, and writes to files.
  *
  * All sizes, strides and limits are bytes; limits and stops are exclusive. Every function is thread safe, keeps no state
  * between calls, allocates no memory of its own (worker threads aside), and answers with a status instead of an exception.
@@ -24,7 +24,9 @@ typedef enum ckpt_status {
   CKPT_SOURCE_OUT_OF_BOUNDS = 2, /* the box would read a byte at or after its source limit */
   CKPT_TARGET_OUT_OF_BOUNDS = 3, /* the box would write a byte at or after its target limit */
   CKPT_TARGET_OVERLAPS = 4,      /* two elements of one box would share bytes of the target, or interleave in it */
-  CKPT_NO_KERNEL = 5             /* the kernel asked for by name is not in this build or not on this processor */
+  CKPT_NO_KERNEL = 5,            /* the kernel asked for by name is not in this build or not on this processor */
+  CKPT_SEGMENT_OUT_OF_BOUNDS = 6, /* a segment to sum is not inside the target, not sorted, or overlaps another */
+  CKPT_SYSTEM_ERROR = 7           /* a system call failed; the call also gives its errno */
 } ckpt_status;
 
 /* N boxes in D dims as columns. Element (i0, i1, ...) of row r lies at
@@ -71,6 +73,36 @@ ckpt_status ckpt_crc32c_ranges(ckpt_kernel kernel, const void *data, uint64_t nb
 
 /* CRC-32C of A followed by B, from those of A and B and the size of B. */
 uint32_t ckpt_crc32c_combine(uint32_t crc_a, uint32_t crc_b, uint64_t nbytes_b);
+
+/* N boxes in D dims that are packed row by row into a range of an image, as columns. Element (i0, i1, ...) of row r lies at
+ * source[r] + sum(i_d * source_strides[r*D + d]); its place is position[r] on, dense, the last dim running fastest. */
+typedef struct ckpt_parts {
+  const uint64_t *source;        /* [N] address */
+  const uint64_t *source_limit;  /* [N] address, exclusive */
+  const int64_t *position;       /* [N] bytes from the start of the image; rows are sorted by it and do not overlap */
+  const int64_t *lengths;        /* [N, D] elements */
+  const int64_t *source_strides; /* [N, D] bytes, >= 0; 0 repeats an element */
+  const int64_t *itemsize;       /* [N] bytes, >= 1 */
+  int64_t num_rows;              /* N */
+  int64_t num_dims;              /* D; with 0 dims each row is one element */
+} ckpt_parts;
+
+/* Copy every row to its place, and out[i] = CRC-32C of bytes [segment_starts[i], segment_stops[i]) of the image as they are
+ * afterwards, bytes that no row covers included. `target` holds bytes [start, stop) of the image; rows and segments lie inside.
+ * Segments are sorted and disjoint, and may leave bytes out. On a refusal `bad_row` or `bad_segment` is the first at fault, the
+ * other -1, and nothing is touched. A row with a zero length copies nothing, and its position does not matter. The sources must
+ * be disjoint from the target, which is not checked. What is summed is what was written, even while the sources change. */
+ckpt_status ckpt_pack(ckpt_kernel kernel, const ckpt_parts *parts, void *target, int64_t start, int64_t stop,
+                      const int64_t *segment_starts, const int64_t *segment_stops, int64_t num_segments,
+                      int32_t num_threads, uint32_t *out, int64_t *bad_row, int64_t *bad_segment);
+
+/* Write all of `data` at `offset` of an open file, in slices of `slice_bytes` (a multiple of 4,096, at most 1 GiB) with up to
+ * `in_flight` of them at a time; with one, uncut. Short writes are continued and interrupted ones repeated. When the file is
+ * open with O_DIRECT and the system refuses a write with EINVAL or stops inside a block, the flag is taken off the descriptor
+ * and the rest goes through the page cache; `direct` says afterwards whether the flag is on. CKPT_SYSTEM_ERROR: `error` is the
+ * errno of the first failure seen, and any part of the range may have been written. */
+ckpt_status ckpt_write_at(int32_t fd, const void *data, int64_t nbytes, int64_t offset, int64_t slice_bytes, int32_t in_flight,
+                          int32_t *direct, int32_t *error);
 
 /* How this library was built, for reports: "GCC 12.2.0", "Release", "" or "address". */
 const char *ckpt_build_compiler(void);

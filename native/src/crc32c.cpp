@@ -9,9 +9,6 @@
 #include "workers.h"
 
 namespace ckpt::crc32c {
-namespace {
-
-constexpr uint64_t kThreadBytesMin = 2 * 1024 * 1024;  // about 100 us of work: three times what a thread costs to start
 
 Update kernel_of(ckpt_kernel kernel) {
   switch (kernel) {
@@ -22,6 +19,10 @@ Update kernel_of(ckpt_kernel kernel) {
   }
   return nullptr;
 }
+
+namespace {
+
+constexpr uint64_t kThreadBytesMin = 2 * 1024 * 1024;  // about 100 us of work: three times what a thread costs to start
 
 uint32_t checksum(Update update, const unsigned char* data, uint64_t nbytes, uint32_t value) {
   return nbytes == 0 ? value : ~update(~value, data, static_cast<size_t>(nbytes));

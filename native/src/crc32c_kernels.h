@@ -5,6 +5,8 @@
 #include <cstddef>
 #include <cstdint>
 
+#include "ckpt_core.h"
+
 namespace ckpt::crc32c {
 
 uint32_t update_table(uint32_t state, const unsigned char* data, size_t nbytes);
@@ -12,6 +14,7 @@ uint32_t update_table(uint32_t state, const unsigned char* data, size_t nbytes);
 using Update = uint32_t (*)(uint32_t, const unsigned char*, size_t);
 Update sse42_kernel();  // null when not built or not on this processor
 Update arm_kernel();    // null when not built or not on this processor
+Update kernel_of(ckpt_kernel kernel);  // null when not there
 
 }  // namespace ckpt::crc32c
 

@@ -3,8 +3,14 @@
 // Method: heap buffers of exactly the size that the boxes need, so that one byte too far is an error of the sanitizer; random
 // boxes compared with element-by-element copying; refusals; many callers at once. Prints what failed and returns 1.
 
+#include <cerrno>
+#include <fcntl.h>
+#include <unistd.h>
+
 #include <algorithm>
+#include <atomic>
 #include <cstdint>
+#include <cstdlib>
 #include <cstdio>
 #include <cstring>
 #include <memory>
@@ -13,6 +19,7 @@
 #include <vector>
 
 #include "ckpt_core.h"
+#include "write_at.h"
 
 namespace {
 
@@ -251,13 +258,209 @@ void test_ranges_on_threads_and_out_of_bounds() {
   CHECK(untouched == std::vector<uint32_t>(300, 5));
 }
 
+// Parts that lie in the target of draw_boxes' kind of buffer, dense, with gaps in between, and random segments over all of it.
+struct Parts {
+  Boxes boxes;
+  std::vector<int64_t> position, starts, stops;
+  int64_t first = 0, last = 0;
+
+  ckpt_parts columns() const {
+    return {boxes.source.data(),         boxes.source_limit.data(), position.data(), boxes.lengths.data(),
+            boxes.source_strides.data(), boxes.itemsize.data(),     static_cast<int64_t>(position.size()), boxes.num_dims};
+  }
+};
+
+Parts draw_parts(Rng& rng, int64_t num_rows, int64_t num_dims, int64_t length_max) {
+  Parts parts;
+  parts.boxes = draw_boxes(rng, num_rows, num_dims, length_max);
+  Boxes& boxes = parts.boxes;
+  parts.first = draw(rng, 0, 1) ? 0 : draw(rng, 1, int64_t{1} << 40);
+  int64_t at = parts.first;
+  for (size_t r = 0; r < boxes.source.size(); ++r) {
+    at += draw(rng, 0, 3) * draw(rng, 0, 100);
+    parts.position.push_back(at);
+    boxes.target[r] = static_cast<uint64_t>(at - parts.first);
+    int64_t inner = boxes.itemsize[r];
+    for (auto d = static_cast<size_t>(num_dims); d-- > 0;) {
+      const size_t cell = r * static_cast<size_t>(num_dims) + d;
+      boxes.target_strides[cell] = inner;
+      inner *= boxes.lengths[cell];
+    }
+    at += inner;
+  }
+  parts.last = at + draw(rng, 0, 9);
+  boxes.to_bytes = static_cast<uint64_t>(parts.last - parts.first);
+  boxes.to = std::make_unique<unsigned char[]>(boxes.to_bytes);
+  for (auto& address : boxes.target) address += reinterpret_cast<uintptr_t>(boxes.to.get());
+  int64_t edge = parts.first;
+  for (int64_t i = draw(rng, 0, 12); i > 0 && edge < parts.last; --i) {
+    parts.starts.push_back(draw(rng, edge, edge + (parts.last - edge) / 4));
+    edge = draw(rng, parts.starts.back(), parts.starts.back() + (parts.last - parts.starts.back()) / 2);
+    parts.stops.push_back(edge);
+  }
+  return parts;
+}
+
+ckpt_status pack(const Parts& parts, int32_t threads, uint32_t* out, int64_t* bad_row, int64_t* bad_segment) {
+  const ckpt_parts columns = parts.columns();
+  return ckpt_pack(CKPT_KERNEL_AUTO, &columns, parts.boxes.to.get(), parts.first, parts.last, parts.starts.data(),
+                   parts.stops.data(), static_cast<int64_t>(parts.starts.size()), threads, out, bad_row, bad_segment);
+}
+
+bool packs_right(const Parts& parts, int32_t threads) {
+  std::vector<uint32_t> out(parts.starts.size() + 1, 9);
+  int64_t bad_row = 7, bad_segment = 7;
+  if (pack(parts, threads, out.data(), &bad_row, &bad_segment) != CKPT_OK || bad_row != -1 || bad_segment != -1) return false;
+  const std::vector<unsigned char> expected = expected_target(parts.boxes);
+  if (!expected.empty() && std::memcmp(expected.data(), parts.boxes.to.get(), expected.size()) != 0) return false;
+  for (size_t i = 0; i < parts.starts.size(); ++i) {
+    uint32_t sum = 0;
+    ckpt_crc32c(CKPT_KERNEL_TABLE, expected.data() + (parts.starts[i] - parts.first),
+                static_cast<uint64_t>(parts.stops[i] - parts.starts[i]), 0, &sum);
+    if (sum != out[i]) return false;
+  }
+  return out.back() == 9;
+}
+
+void test_random_parts_are_packed_and_summed() {
+  Rng rng(11);
+  for (int i = 0; i < 300; ++i) CHECK(packs_right(draw_parts(rng, draw(rng, 0, 6), draw(rng, 0, 5), 5), 1));
+  for (int32_t threads = 1; threads <= 4; ++threads) {
+    CHECK(packs_right(draw_parts(rng, 1, 1, 2000000), threads));
+    CHECK(packs_right(draw_parts(rng, 3, 2, 1200), threads));
+    CHECK(packs_right(draw_parts(rng, 4, 3, 90), threads));
+    CHECK(packs_right(draw_parts(rng, 6000, 2, 12), threads));
+  }
+}
+
+void test_parts_or_segments_at_fault_are_refused_and_nothing_written() {
+  Rng rng(12);
+  for (int i = 0; i < 300; ++i) {
+    Parts parts = draw_parts(rng, 3, 3, 4);
+    const auto bad = static_cast<size_t>(draw(rng, 0, 2));
+    const int64_t* lengths = parts.boxes.lengths.data() + bad * 3;
+    if (lengths[0] == 0 || lengths[1] == 0 || lengths[2] == 0) continue;
+    const int64_t bytes = extent(lengths, parts.boxes.source_strides.data() + bad * 3, 3, parts.boxes.itemsize[bad]);
+    ckpt_status expected = CKPT_SOURCE_OUT_OF_BOUNDS;
+    int64_t expected_row = static_cast<int64_t>(bad), expected_segment = -1;
+    switch (i % 4) {
+      case 0: parts.boxes.source_limit[bad] = parts.boxes.source[bad] + static_cast<uint64_t>(bytes) - 1; break;
+      case 1: parts.position[bad] = parts.last, expected = CKPT_TARGET_OUT_OF_BOUNDS; break;
+      case 2: parts.position[bad] = parts.first - 1, expected = CKPT_TARGET_OUT_OF_BOUNDS; break;
+      default:
+        parts.starts.push_back(parts.last);
+        parts.stops.push_back(parts.last + 1);
+        expected = CKPT_SEGMENT_OUT_OF_BOUNDS, expected_row = -1;
+        expected_segment = static_cast<int64_t>(parts.starts.size()) - 1;
+    }
+    std::vector<uint32_t> out(parts.starts.size(), 5);
+    int64_t bad_row = 7, bad_segment = 7;
+    CHECK(pack(parts, 2, out.data(), &bad_row, &bad_segment) == expected);
+    CHECK(bad_row == expected_row && bad_segment == expected_segment);
+    CHECK(out == std::vector<uint32_t>(parts.starts.size(), 5));
+    for (uint64_t k = 0; k < parts.boxes.to_bytes; ++k) CHECK(parts.boxes.to[k] == 0);
+  }
+}
+
+void test_hostile_numbers_in_parts_are_survived() {
+  static const int64_t kNumbers[] = {INT64_MIN, -1, 0, 1, 2, 3, 8, int64_t{1} << 31, int64_t{1} << 62, INT64_MAX};
+  Rng rng(13);
+  for (int i = 0; i < 20000; ++i) {
+    Parts parts = draw_parts(rng, 2, 3, 3);
+    std::vector<int64_t>* columns[] = {&parts.boxes.lengths, &parts.boxes.source_strides, &parts.boxes.itemsize,
+                                       &parts.position,      &parts.starts,               &parts.stops};
+    for (int change = 0; change < 3; ++change) {
+      std::vector<int64_t>& column = *columns[draw(rng, 0, 5)];
+      if (column.empty()) continue;
+      column[static_cast<size_t>(draw(rng, 0, static_cast<int64_t>(column.size()) - 1))] = kNumbers[draw(rng, 0, 9)];
+    }
+    std::vector<uint32_t> out(parts.starts.size());
+    int64_t bad_row, bad_segment;
+    const ckpt_status status = pack(parts, 1, out.data(), &bad_row, &bad_segment);
+    CHECK((status == CKPT_OK) == (bad_row == -1 && bad_segment == -1));
+  }
+  int64_t bad_row, bad_segment;
+  ckpt_parts none{};
+  CHECK(ckpt_pack(CKPT_KERNEL_AUTO, &none, nullptr, 0, 0, nullptr, nullptr, 0, 1, nullptr, &bad_row, &bad_segment) == CKPT_OK);
+  CHECK(ckpt_pack(CKPT_KERNEL_AUTO, &none, nullptr, 0, 1, nullptr, nullptr, 0, 1, nullptr, &bad_row, &bad_segment) ==
+        CKPT_BAD_ARGUMENT);
+  none.num_rows = 1;
+  CHECK(ckpt_pack(CKPT_KERNEL_AUTO, &none, nullptr, 0, 0, nullptr, nullptr, 0, 1, nullptr, &bad_row, &bad_segment) ==
+        CKPT_BAD_ARGUMENT);
+}
+
+// What the stand-in for pwrite(2) does at each call; the file it writes to is this memory.
+std::vector<unsigned char> written;
+std::atomic<int> calls{0};
+int fail_at = -1, fail_with = 0, short_at = -1;
+
+int64_t fake_pwrite(int, const void* data, size_t nbytes, int64_t offset) {
+  const int call = calls.fetch_add(1);
+  if (call == fail_at) {
+    errno = fail_with;
+    return fail_with == 0 ? 0 : -1;
+  }
+  if (call == short_at) nbytes = nbytes / 2 + 1;
+  std::memcpy(written.data() + offset, data, nbytes);
+  return static_cast<int64_t>(nbytes);
+}
+
+ckpt_status write_with(int fd, const std::vector<unsigned char>& data, int32_t in_flight, int32_t* direct, int32_t* error) {
+  calls = 0;
+  written.assign(data.size() + 8192, 0);
+  const ckpt_status status = ckpt::write_at(fd, data.data(), static_cast<int64_t>(data.size()), 8192, 4096, in_flight,
+                                            fake_pwrite, direct, error);
+  if (status == CKPT_OK) CHECK(std::equal(data.begin(), data.end(), written.begin() + 8192));
+  return status;
+}
+
+void test_writes_survive_short_interrupted_and_refused_calls() {
+  char name[] = "/tmp/ckpt-test-core-XXXXXX";
+  const int fd = mkstemp(name);
+  CHECK(fd >= 0);
+  unlink(name);
+  const int flags = fcntl(fd, F_GETFL);
+  const bool has_direct = fcntl(fd, F_SETFL, flags | O_DIRECT) == 0;
+  Rng rng(14);
+  std::vector<unsigned char> data(40 * 4096);
+  for (auto& byte : data) byte = static_cast<unsigned char>(rng());
+  int32_t direct = 7, error = 7;
+  for (int32_t in_flight = 1; in_flight <= 5; ++in_flight) {
+    for (int at = 0; at < 3; ++at) {
+      fcntl(fd, F_SETFL, has_direct ? flags | O_DIRECT : flags);
+      fail_at = short_at = -1;
+      CHECK(write_with(fd, data, in_flight, &direct, &error) == CKPT_OK && direct == has_direct && error == 0);
+      fail_at = at, fail_with = EINTR;
+      if (in_flight > 1 || at == 0) CHECK(write_with(fd, data, in_flight, &direct, &error) == CKPT_OK && direct == has_direct);
+      fail_at = -1, short_at = at;
+      if (in_flight > 1 || at == 0) CHECK(write_with(fd, data, in_flight, &direct, &error) == CKPT_OK && direct == 0);
+      fcntl(fd, F_SETFL, has_direct ? flags | O_DIRECT : flags);
+      short_at = -1, fail_at = at, fail_with = EINVAL;
+      if (in_flight == 1 && at > 0) continue;  // one write in flight is one call
+      const ckpt_status expected = has_direct ? CKPT_OK : CKPT_SYSTEM_ERROR;
+      CHECK(write_with(fd, data, in_flight, &direct, &error) == expected && direct == 0);
+      CHECK(write_with(fd, data, in_flight, &direct, &error) == CKPT_SYSTEM_ERROR && error == EINVAL);  // not direct: real
+      fail_with = ENOSPC;
+      CHECK(write_with(fd, data, in_flight, &direct, &error) == CKPT_SYSTEM_ERROR && error == ENOSPC);
+      fail_with = 0;
+      CHECK(write_with(fd, data, in_flight, &direct, &error) == CKPT_SYSTEM_ERROR && error == EIO);
+    }
+  }
+  close(fd);
+  CHECK(ckpt_write_at(fd, data.data(), 1, 0, 4096, 1, &direct, &error) == CKPT_SYSTEM_ERROR && error == EBADF);
+  CHECK(ckpt_write_at(0, nullptr, 1, 0, 4096, 1, &direct, &error) == CKPT_BAD_ARGUMENT);
+  CHECK(ckpt_write_at(0, data.data(), -1, 0, 4096, 1, &direct, &error) == CKPT_BAD_ARGUMENT);
+  CHECK(ckpt_write_at(0, data.data(), 1, INT64_MAX, 4096, 1, &direct, &error) == CKPT_BAD_ARGUMENT);
+  CHECK(ckpt_write_at(0, data.data(), 1, 0, 1, 1, &direct, &error) == CKPT_BAD_ARGUMENT);
+}
+
 void test_many_callers_at_once() {
   std::thread callers[4];
   bool right[4] = {};
   for (int i = 0; i < 4; ++i)
     callers[i] = std::thread([i, &right] {
       Rng rng(static_cast<uint64_t>(100 + i));
-      right[i] = copies_right(draw_boxes(rng, 3, 2, 700), 3);
+      right[i] = copies_right(draw_boxes(rng, 3, 2, 700), 3) && packs_right(draw_parts(rng, 3, 2, 700), 3);
     });
   for (auto& caller : callers) caller.join();
   for (const bool one : right) CHECK(one);
@@ -273,6 +476,10 @@ int main() {
   test_null_pointers_and_odd_counts_are_refused();
   test_kernels_agree_with_table_at_every_length();
   test_ranges_on_threads_and_out_of_bounds();
+  test_random_parts_are_packed_and_summed();
+  test_parts_or_segments_at_fault_are_refused_and_nothing_written();
+  test_hostile_numbers_in_parts_are_survived();
+  test_writes_survive_short_interrupted_and_refused_calls();
   test_many_callers_at_once();
   std::printf("%s\n", failures == 0 ? "all core tests passed" : "core tests FAILED");
   return failures == 0 ? 0 : 1;

@@ -28,6 +28,7 @@ from hypothesis import strategies as st
 
 from ckpt.config import MIB, Options
 from ckpt.errors import AlreadyExistsError, DamagedError, InvalidInputError, StoreError
+from ckpt.kernels import choice
 from ckpt.store.posix import PosixStore
 
 OPTIONS = Options(chunk_bytes=64 * 1024)
@@ -68,6 +69,11 @@ def _trace(monkeypatch: pytest.MonkeyPatch, root: Path) -> list[str]:
     wrap("rename", lambda source, target, **named: f"{path_of(named['dst_dir_fd'])}/{target}")
     wrap("mkdir", lambda name, **named: f"{path_of(named.get('dir_fd'))}/{name}".replace(str(root), "").lstrip("?/"))
     return events
+
+
+def write_by_python(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Writers call os.pwrite, where a test can step in. The native writer has the same tests in native/tests."""
+    monkeypatch.setenv(choice.ENVIRONMENT_VARIABLE, choice.REFERENCE)
 
 
 @pytest.mark.parametrize(("method", "publish"), [("put", "rename"), ("create", "link")])
@@ -129,6 +135,7 @@ def test_a_failed_sync_fails_the_write_and_is_never_repeated(
 
 def test_a_writer_that_failed_once_keeps_failing(store: PosixStore, monkeypatch: pytest.MonkeyPatch) -> None:
     writer = store.open_writer("image")
+    write_by_python(monkeypatch)
     monkeypatch.setattr(os, "pwrite", lambda *_: _raise(OSError(errno.EIO, "injected")))
     for _ in range(2):
         with pytest.raises(StoreError):
@@ -144,11 +151,23 @@ def test_a_writer_that_failed_once_keeps_failing(store: PosixStore, monkeypatch:
 
 
 @settings(max_examples=30, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(st.lists(st.integers(0, 150_000), max_size=6), st.booleans(), st.booleans(), st.integers(0, 2))
+@given(
+    st.lists(st.integers(0, 150_000), max_size=6),
+    st.booleans(),
+    st.booleans(),
+    st.integers(0, 2),
+    st.sampled_from([1, 3]),
+)
 def test_any_sequence_of_writes_gives_the_same_bytes_direct_or_not(
-    tmp_path_factory: pytest.TempPathFactory, sizes: list[int], aligned: bool, direct: bool, offset: int
+    tmp_path_factory: pytest.TempPathFactory,
+    sizes: list[int],
+    aligned: bool,
+    direct: bool,
+    offset: int,
+    in_flight: int,
 ) -> None:
-    store = PosixStore(tmp_path_factory.mktemp("direct"), options=Options(chunk_bytes=64 * 1024, direct_io=direct))
+    options = Options(chunk_bytes=64 * 1024, direct_io=direct, write_in_flight=in_flight, write_slice_bytes=8 * 1024)
+    store = PosixStore(tmp_path_factory.mktemp("direct"), options=options)
     writer = store.open_writer("image")
     expected = b""
     with contextlib.closing(mmap.mmap(-1, 160_000)) as pages:
@@ -203,6 +222,7 @@ def test_direct_io_that_is_refused_falls_back_with_the_same_bytes(
             raise OSError(errno.EINVAL, "injected")
         return real_pwrite(fd, data, offset)
 
+    write_by_python(monkeypatch)
     monkeypatch.setattr(os, "open", refusing_open)
     monkeypatch.setattr(os, "pwrite", refusing_pwrite)
     writer = store.open_writer("image")
@@ -216,6 +236,7 @@ def test_direct_io_that_is_refused_falls_back_with_the_same_bytes(
 @pytest.mark.parametrize("direct", [True, False])
 def test_short_writes_are_continued(store: PosixStore, monkeypatch: pytest.MonkeyPatch, direct: bool) -> None:
     real_pwrite, real_write = os.pwrite, os.write
+    write_by_python(monkeypatch)
     monkeypatch.setattr(os, "pwrite", lambda fd, data, offset: real_pwrite(fd, data[: max(1, len(data) // 2)], offset))
     monkeypatch.setattr(os, "write", lambda fd, data: real_write(fd, data[:7]))
     writer = store.open_writer("image", nbytes=None if direct else 1)
@@ -442,6 +463,7 @@ def test_errors_of_the_system_get_their_kind(
     store: PosixStore, monkeypatch: pytest.MonkeyPatch, code: int, kind: str
 ) -> None:
     store.put("x", b"")
+    write_by_python(monkeypatch)
     monkeypatch.setattr(os, "write", lambda *_: _raise(OSError(code, os.strerror(code))))
     monkeypatch.setattr(os, "pwrite", lambda *_: _raise(OSError(code, os.strerror(code))))
     for call in (

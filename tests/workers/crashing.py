@@ -16,6 +16,7 @@ import torch.distributed as dist
 import ckpt
 import ckpt.api
 import ckpt.engine.load
+import ckpt.engine.run
 from ckpt import failpoints
 from ckpt.config import Options
 from ckpt.errors import CheckpointError
@@ -135,14 +136,14 @@ def store_hiccup_in_steady_state(url: str, script: str, methods: list[str]) -> l
     """Steps 1 to 3 in one session, the store failing for rank 1 in step 2 only."""
     state = state_of(1)
     faulty: list[FaultyStore] = []
-    plain = ckpt.api.open_store
+    plain = ckpt.engine.run.open_store
     if dist.get_rank() == 1:
 
         def open_faulty(*args: Any, **kwargs: Any) -> FaultyStore:
             faulty.append(FaultyStore(plain(*args, **kwargs), "", methods=frozenset(methods)))
             return faulty[0]
 
-        ckpt.api.open_store = open_faulty  # type: ignore[assignment]
+        ckpt.engine.run.open_store = open_faulty  # type: ignore[assignment]
     with ckpt.Checkpointer(url, every=1, background=False, options=OPTIONS) as run:
         run.step(1, state)
         if faulty:
@@ -162,15 +163,15 @@ def scripted_second_save(url: str, script_of: dict[int, tuple[str, list[str]]], 
     ckpt.save(state, url, step=1, options=PATIENT)
     change_to(state, 2)
     dist.barrier()
-    plain = ckpt.api.open_store
+    plain = ckpt.engine.run.open_store
     if dist.get_rank() in script_of:
         script, methods = script_of[dist.get_rank()]
-        ckpt.api.open_store = lambda *a, **k: FaultyStore(plain(*a, **k), script, methods=frozenset(methods))  # type: ignore[assignment,return-value]
+        ckpt.engine.run.open_store = lambda *a, **k: FaultyStore(plain(*a, **k), script, methods=frozenset(methods))  # type: ignore[assignment,return-value]
     try:
         run = ckpt.Checkpointer(url, every=1, background=mode == "async", options=OPTIONS)
         return outcome_of(lambda: _wait(run.step(2, state)))
     finally:
-        ckpt.api.open_store = plain
+        ckpt.engine.run.open_store = plain
 
 
 def _wait(pending: Any) -> None:
