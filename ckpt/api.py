@@ -93,6 +93,7 @@ def save(
     metrics: Mapping[str, float] | None = None,
     metadata: Mapping[str, Any] | None = None,
     layout: Layout | None = None,
+    incremental: bool = False,
     process_group: dist.ProcessGroup | None = None,
     options: Options | None = None,
     storage_options: Mapping[str, Any] | None = None,
@@ -109,6 +110,8 @@ def save(
         metrics: numbers to find and weigh checkpoints by; rank 0's are stored.
         metadata: any JSON value by name; rank 0's are stored.
         layout: where plain tensors lie that are parts of larger ones (docs/reference/layout-files.md).
+        incremental: write only what has changed since the newest complete checkpoint of this run, and refer to its files for the
+            rest (docs/how-to/incremental.md). Needs one image of the rank's state in host memory. All ranks alike.
         process_group: the ranks that save together; the default group when None.
 
     Raises:
@@ -118,7 +121,7 @@ def save(
         StoreError: the store refused or cannot be reached; no checkpoint was made.
     """
     run = _run_of(url, process_group, options, storage_options)
-    return run.save(state, _request(step, metrics, metadata, layout), layout)
+    return run.save(state, _request(step, metrics, metadata, layout, incremental), layout)
 
 
 def async_save(
@@ -129,6 +132,7 @@ def async_save(
     metrics: Mapping[str, float] | None = None,
     metadata: Mapping[str, Any] | None = None,
     layout: Layout | None = None,
+    incremental: bool = False,
     process_group: dist.ProcessGroup | None = None,
     options: Options | None = None,
     storage_options: Mapping[str, Any] | None = None,
@@ -141,7 +145,7 @@ def async_save(
     the next call for this run.
     """
     run = _run_of(url, process_group, options, storage_options)
-    return run.async_save(state, _request(step, metrics, metadata, layout), layout)
+    return run.async_save(state, _request(step, metrics, metadata, layout, incremental), layout)
 
 
 def load(
@@ -188,11 +192,17 @@ def open(  # noqa: A001 - `ckpt.open` reads like what it does
     return Checkpoint(StoredCheckpoint(store, "latest" if step is None else step, chosen))
 
 
-def _request(step: int, metrics: Any, metadata: Any, layout: Layout | None) -> Request:
+def _request(step: int, metrics: Any, metadata: Any, layout: Layout | None, incremental: bool) -> Request:
     if type(step) is not int or step < 0:
         raise InvalidInputError(f"step must be a whole number from 0 on, found {step!r}")
     document = None if layout is None else to_document(layout)
-    return Request(step=step, metrics=dict(metrics or {}), metadata=dict(metadata or {}), layout=document)
+    return Request(
+        step=step,
+        metrics=dict(metrics or {}),
+        metadata=dict(metadata or {}),
+        layout=document,
+        incremental=incremental,
+    )
 
 
 class Checkpointer:
@@ -206,6 +216,7 @@ class Checkpointer:
         every: save when the step is a multiple of this.
         keep_last: keep this many newest checkpoints, remove older ones after each save; None keeps all.
         background: False makes every save block until it is durable.
+        incremental: as for `save`.
         sinks: where events go besides the log of the run (ckpt.observe).
 
     Attributes:
@@ -219,6 +230,7 @@ class Checkpointer:
         every: int,
         keep_last: int | None = None,
         background: bool = True,
+        incremental: bool = False,
         layout: Layout | None = None,
         process_group: dist.ProcessGroup | None = None,
         options: Options | None = None,
@@ -228,6 +240,7 @@ class Checkpointer:
         if every < 1 or (keep_last is not None and keep_last < 1):
             raise InvalidInputError(f"every and keep_last must be at least 1, found {every} and {keep_last}")
         self._every, self._background, self._layout = every, background, layout
+        self._incremental = incremental
         self._run = Run(
             url,
             group=process_group,
@@ -283,7 +296,7 @@ class Checkpointer:
         """
         if step % self._every:
             return None
-        request = _request(step, metrics, metadata, self._layout)
+        request = _request(step, metrics, metadata, self._layout, self._incremental)
         if self._background:
             self._attach(state)
             return self._run.async_save(state, request, self._layout)

@@ -29,6 +29,7 @@ SAVE_PHASES = (
     "copy",  # device or host memory to the image
     "fence",  # the training thread held before an update, because copies were behind
     "checksum",
+    "digest",  # of an incremental save: SHA-256 of all fragments, and which of them are unchanged
     "write",  # image to the store, until durable
     "receipts",  # rank 0: until all ranks have written
     "commit",  # index and manifest; on other ranks, until the outcome is known

@@ -30,6 +30,8 @@ KNOWN = {
     "commit.before-receipt": "step 2: the rank's image is durable, its receipt is not",
     "commit.after-receipt": "step 2 done on this rank",
     "commit.receipts-complete": "step 3: every receipt is read, nothing is decided",
+    "references.before-pin": "before step 5: the images that the attempt refers to are not pinned",
+    "references.after-pin": "before step 5: they are pinned and not yet looked at",
     "commit.after-claim": "step 5: the claim of a store without conditional writes is left",
     "commit.before-manifest": "step 6: everything is durable but the manifest",
     "commit.after-manifest": "step 6 done: the checkpoint is complete, nobody has been told",
@@ -37,6 +39,7 @@ KNOWN = {
     "forget.after-record": "the copy of the manifest is durable, the manifest still there",
     "forget.after-manifest": "the manifest is gone, the step forgotten",
     "gc.after-verdict": "an attempt is marked as dead, all of its data still there",
+    "gc.after-marks": "the images to remove are marked, nothing has been looked at again",
     "gc.between-deletes": "some of a dead attempt's data are gone",
 }
 

@@ -30,7 +30,7 @@ def gc(printer: Printer, run: Address, dry_run: bool, yes: bool, unfinished: boo
     """Free the space of forgotten checkpoints and of saves that never finished.
 
     Removed data cannot be brought back, so it asks; without a terminal it needs --yes. Complete checkpoints are never
-    touched, nor are attempts so young that a save may be running.
+    touched, nor are attempts so young that a save may be running, nor images of forgotten checkpoints that others refer to.
     """
     if run.steps is not None:
         raise InvalidInputError("gc looks at a whole run: name it without `@`", kind="bad-address")

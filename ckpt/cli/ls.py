@@ -19,6 +19,7 @@ from ckpt.store.base import Store
 
 _READS_AT_ONCE = 8
 _METRICS_SHOWN_MAX = 3
+_FIELDS = ("created", "world", "num_images", "num_tensors", "tensor_bytes", "stored_bytes", "referred_bytes")
 
 
 @command("ls")
@@ -48,7 +49,7 @@ def ls(printer: Printer, run: Address, show_all: bool) -> int:
 def _record(store: Store, step: int) -> dict[str, Any] | None:
     """What the manifest says; the reason where it cannot be read; None when it went away meanwhile."""
     key = names.manifest_key(step)
-    empty = dict.fromkeys(("created", "world", "num_images", "num_tensors", "tensor_bytes", "stored_bytes"))
+    empty = dict.fromkeys(_FIELDS)
     try:
         found = manifest.unpack(store.read(key), name=key)
     except NotFoundError:
@@ -64,6 +65,7 @@ def _record(store: Store, step: int) -> dict[str, Any] | None:
         "num_tensors": found.num_tensors,
         "tensor_bytes": found.tensor_bytes,
         "stored_bytes": index + sum(writer.nbytes for writer in found.writers),
+        "referred_bytes": sum(one.used_bytes for one in found.references),
         "metrics": found.metrics,
         "error": None,
     }
@@ -92,7 +94,7 @@ def _print_checkpoints(printer: Printer, records: list[dict[str, Any]]) -> None:
             r["world"],
             r["num_images"],
             f"{r['num_tensors']:,}",
-            texts.size(r["stored_bytes"]),
+            texts.size(r["stored_bytes"]) + (f" + {texts.size(r['referred_bytes'])}" if r["referred_bytes"] else ""),
             _metrics(r["metrics"]),
         )
         for r in records

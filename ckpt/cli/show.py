@@ -67,6 +67,10 @@ def _document(checkpoint: Address, stored: StoredCheckpoint) -> dict[str, Any]:
         "index_bytes": index,
         "stored_bytes": index + sum(writer.nbytes for writer in found.writers),
         "images": [{"file": f"{stored.folder}/{writer.file}", "nbytes": writer.nbytes} for writer in found.writers],
+        "references": [
+            {"step": one.step, "file": image.key, "nbytes": one.nbytes, "used_bytes": one.used_bytes}
+            for one, image in zip(found.references, stored.images[len(found.writers) :], strict=True)
+        ],
         "objects": [
             {"name": row.name, "kind": row.kind, "rank": row.rank, "nbytes": row.nbytes} for row in stored.objects
         ],
@@ -90,6 +94,7 @@ def _print(printer: Printer, shown: dict[str, Any]) -> None:
             f"{shown['num_tensors']:,} of {texts.size(shown['tensor_bytes'])}, in {shown['num_fragments']:,} fragments",
         ),
         ("stored", f"{texts.size(shown['stored_bytes'])}, {texts.size(shown['index_bytes'])} of it index"),
+        *_referred(shown["references"]),
         ("attempt", shown["attempt"]),
         ("layout", layout),
         *((f"metric {name}", f"{value:.6g}") for name, value in shown["metrics"].items()),
@@ -102,6 +107,12 @@ def _print(printer: Printer, shown: dict[str, Any]) -> None:
         (Column(title="file"), Column(title="size", right=True)),
         [(image["file"], texts.size(image["nbytes"])) for image in shown["images"]],
     )
+    if shown["references"]:
+        printer.text("")
+        printer.table(
+            (Column(title="file of another step"), Column(title="used", right=True), Column(title="size", right=True)),
+            [(one["file"], texts.size(one["used_bytes"]), texts.size(one["nbytes"])) for one in shown["references"]],
+        )
     if shown["objects"]:
         printer.text("")
         columns = (
@@ -112,3 +123,12 @@ def _print(printer: Printer, shown: dict[str, Any]) -> None:
         )
         rows = [(o["name"], o["kind"], o["rank"], texts.size(o["nbytes"])) for o in shown["objects"]]
         printer.table(columns, rows)
+
+
+def _referred(references: list[dict[str, Any]]) -> list[tuple[str, str]]:
+    """One line on what lies in images of other steps."""
+    if not references:
+        return []
+    steps = ", ".join(str(step) for step in sorted({one["step"] for one in references}))
+    nbytes = sum(one["used_bytes"] for one in references)
+    return [("refers to", f"{texts.size(nbytes)} in {texts.plural(len(references), 'file')} of step {steps}")]

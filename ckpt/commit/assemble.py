@@ -49,6 +49,8 @@ class _Merged:
     blocks: Int64Array  # [B] where each block's checksum is in the receipts' checksums, end to end
     block_starts: Int64Array
     tensors_file: bytes
+    rows: Int64Array  # [N] which row of the receipts' tables, end to end, each fragment is
+    references: list[manifest.ReferenceRecord]
 
 
 class Assembler:
@@ -80,7 +82,7 @@ class Assembler:
         """
         _check_same_attempt(receipts)
         receipts = [self._with_image(receipt) for receipt in receipts]
-        key = tuple(receipt.structure for receipt in receipts)
+        key = (str(receipts[0].block_bytes), *(receipt.structure for receipt in receipts))
         if self._merged is None or key != self._key:
             self._merged, self._key = _merge(receipts), key
         merged = self._merged
@@ -91,6 +93,7 @@ class Assembler:
             nbytes=merged.nbytes,
             checksums=np.concatenate([receipt.checksums for receipt in receipts])[merged.blocks],
             block_starts=merged.block_starts,
+            digests=_digests(receipts, merged.rows),
         )
         files = {
             index.TENSORS_FILE: merged.tensors_file,
@@ -120,6 +123,7 @@ class Assembler:
                 metadata=metadata,
                 metrics=metrics,
                 structure_changed=any(receipt.extra.get("structure_changed") for receipt in receipts),
+                references=merged.references,
             ),
         )
 
@@ -160,14 +164,46 @@ def _writer_record(receipt: Receipt) -> manifest.WriterRecord:
     )
 
 
+def _digests(receipts: Sequence[Receipt], rows: Int64Array) -> NDArray[np.uint8] | None:
+    """Of the merged fragments; None unless every rank took them."""
+    found = [receipt.digests for receipt in receipts if receipt.digests is not None]
+    return np.concatenate(found)[rows] if len(found) == len(receipts) else None
+
+
+def _merge_references(
+    images: Sequence[ImageTable], order: Int64Array, nbytes: Int64Array
+) -> tuple[NDArray[np.int32], list[manifest.ReferenceRecord]]:
+    """Number of the image of each merged fragment, and the images beyond the writers' own that are among them."""
+    known = sorted({_place(reference): reference for image in images for reference in image.references}.items())
+    number = {place: len(images) + i for i, (place, _) in enumerate(known)}
+    columns = []
+    for rank, image in enumerate(images):
+        of_holder = np.array([number[_place(reference)] for reference in image.references] + [rank], np.int32)
+        holder = image.holder if image.holder is not None else np.full(len(image.rows), -1, np.int32)
+        columns.append(of_holder[holder])  # the last one, -1, is the rank itself
+    writer = np.concatenate(columns)[order]
+    used = np.bincount(writer, weights=nbytes[order], minlength=len(images) + len(known)).astype(np.int64)
+    kept = np.append(np.ones(len(images), bool), used[len(images) :] > 0)
+    renumbered = (np.cumsum(kept) - 1).astype(np.int32)
+    references = [
+        dataclasses.replace(reference, used_bytes=int(used[len(images) + i]))
+        for i, (_, reference) in enumerate(known)
+        if kept[len(images) + i]
+    ]
+    return renumbered[writer], references
+
+
+def _place(reference: manifest.ReferenceRecord) -> tuple[int, str, str]:
+    return reference.step, reference.attempt, reference.file
+
+
 def _merge(receipts: Sequence[Receipt]) -> _Merged:
-    images = [receipt.image for receipt in receipts]
-    specs = merge_specs([image.specs for image in images if image is not None])
+    images = [receipt.image for receipt in receipts if receipt.image is not None]
+    specs = merge_specs([image.specs for image in images])
     ids = {spec.name: i for i, spec in enumerate(specs)}
-    num_dims = max((image.rows.num_dims for image in images if image is not None), default=1)
+    num_dims = max((image.rows.num_dims for image in images), default=1)
     tensor, offsets, lengths, position, nbytes = [], [], [], [], []
     for receipt, image in zip(receipts, images, strict=True):
-        assert image is not None
         local = np.array([ids[spec.name] for spec in image.specs], np.int32)
         tensor.append(local[image.rows.tensor])
         offsets.append(pad_dims(image.rows.offsets, num_dims, 0))
@@ -179,7 +215,6 @@ def _merge(receipts: Sequence[Receipt]) -> _Merged:
                 f"receipt of rank {receipt.rank} has {len(receipt.checksums)} checksums, expected others"
             )
     boxes = BoxTable(tensor=np.concatenate(tensor), offsets=np.concatenate(offsets), lengths=np.concatenate(lengths))
-    counts = np.array([len(t) for t in tensor])
     order = _distinct_in_order(specs, boxes)
     sizes = np.concatenate(nbytes)
     blocks_of = num_blocks(sizes, receipts[0].block_bytes)
@@ -187,17 +222,20 @@ def _merge(receipts: Sequence[Receipt]) -> _Merged:
     merged = boxes.take(order)
     _check_tiled(specs, merged)
     block_starts = np.append(0, np.cumsum(blocks_of[order]))
+    writer, references = _merge_references(images, order, sizes)
     return _Merged(
         specs=specs,
         boxes=merged,
         num_dims=np.array([len(spec.shape) for spec in specs], np.int32)[merged.tensor],
-        writer=np.repeat(np.arange(len(receipts), dtype=np.int32), counts)[order],
+        writer=writer,
         offsets=np.concatenate(position)[order],
         nbytes=sizes[order],
         layout=saved_layout([receipt.extra.get("tensors") for receipt in receipts], specs),
         blocks=np.repeat(first_block[order], blocks_of[order]) + arange_per(blocks_of[order]),
         block_starts=block_starts,
         tensors_file=index.pack_tensors(specs, np.bincount(merged.tensor, minlength=len(specs))),
+        rows=order,
+        references=references,
     )
 
 

@@ -11,9 +11,9 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Literal
 
-from ckpt.commit import names
+from ckpt.commit import names, references
 from ckpt.commit.publish import attempt_of
-from ckpt.errors import DamagedError, InvalidInputError, NotFoundError
+from ckpt.errors import DamagedError, InvalidInputError, NotFoundError, VersionError
 from ckpt.store.base import Entry, Store
 
 State = Literal["complete", "unpublished", "aborted", "forgotten"]
@@ -29,8 +29,10 @@ class Attempt:
     attempt: str
     state: State
     keys: tuple[str, ...]
+    sizes: tuple[int, ...]  # bytes of each key
     nbytes: int
     modified_s: float  # newest object, seconds since the epoch by the store's clock; 0.0 where it has none
+    pinned: frozenset[str]  # images of other attempts that it is going to refer to, while it is not published
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,6 +45,8 @@ class StepContents:
     complete: str | None  # the attempt that the manifest names; "" when the manifest cannot be read
     forgotten: str | None  # the attempt that forgotten.json names; "" when it cannot be read
     foreign: tuple[str, ...]  # keys that are none of ours
+    needed: frozenset[str] | None  # images of other attempts that the manifest refers to; None: it cannot be read
+    forgotten_needed: frozenset[str] | None  # the same of forgotten.json
 
 
 def steps(store: Store) -> list[int]:
@@ -96,9 +100,10 @@ def contents(store: Store, step: int) -> StepContents:
             present.add(first)
         else:
             foreign.append(entry.key)
-    complete = _attempt_in(store, names.manifest_key(step)) if names.MANIFEST in present else None
-    forgotten = _attempt_in(store, names.forgotten_key(step)) if names.FORGOTTEN in present else None
-    found = [_attempt(step, name, entries, complete, forgotten) for name, entries in sorted(by_attempt.items())]
+    nothing: tuple[str | None, frozenset[str] | None] = (None, frozenset())
+    complete, needed = _said_by(store, names.manifest_key(step)) if names.MANIFEST in present else nothing
+    forgotten, forgotten_needed = _said_by(store, names.forgotten_key(step)) if names.FORGOTTEN in present else nothing
+    found = [_attempt(store, step, name, entries, complete, forgotten) for name, entries in sorted(by_attempt.items())]
     return StepContents(
         step=step,
         attempts=tuple(found),
@@ -106,6 +111,8 @@ def contents(store: Store, step: int) -> StepContents:
         complete=complete,
         forgotten=forgotten,
         foreign=tuple(foreign),
+        needed=needed,
+        forgotten_needed=forgotten_needed,
     )
 
 
@@ -124,17 +131,28 @@ def _step_folders(store: Store) -> list[int]:
     return sorted(step for step in parsed if step is not None)
 
 
-def _attempt_in(store: Store, key: str) -> str | None:
-    """The attempt that a manifest names, "" when it is damaged (then nothing of the step is anybody's to delete)."""
+def _said_by(store: Store, key: str) -> tuple[str | None, frozenset[str] | None]:
+    """The attempt that a manifest names and the images of others that it needs.
+
+    "" and None when that is damaged or newer: then nothing of the step, and no image of another one, is anybody's to delete.
+    """
     try:
-        return attempt_of(store.read(key))
-    except DamagedError:
-        return ""
+        data = store.read(key)
     except NotFoundError:
-        return None
+        return None, frozenset()
+    try:
+        attempt = attempt_of(data)
+    except DamagedError:
+        return "", None
+    try:
+        return attempt, frozenset(references.needed_by(data, name=key))
+    except (DamagedError, VersionError):
+        return attempt, None
 
 
-def _attempt(step: int, name: str, entries: Sequence[Entry], complete: str | None, forgotten: str | None) -> Attempt:
+def _attempt(
+    store: Store, step: int, name: str, entries: Sequence[Entry], complete: str | None, forgotten: str | None
+) -> Attempt:
     keys = tuple(entry.key for entry in entries)
     state: State = "unpublished"
     if name == complete:
@@ -143,14 +161,24 @@ def _attempt(step: int, name: str, entries: Sequence[Entry], complete: str | Non
         state = "aborted"
     elif name == forgotten:
         state = "forgotten"
+    will_refer = state == "unpublished" and names.pins_key(step, name) in keys
     return Attempt(
         step=step,
         attempt=name,
         state=state,
         keys=keys,
+        sizes=tuple(entry.nbytes for entry in entries),
         nbytes=sum(entry.nbytes for entry in entries),
         modified_s=max(entry.modified_s for entry in entries),
+        pinned=_pinned(store, step, name) if will_refer else frozenset(),
     )
+
+
+def _pinned(store: Store, step: int, attempt: str) -> frozenset[str]:
+    try:
+        return frozenset(references.pinned(store, step, attempt))
+    except DamagedError:  # gc looks again before it removes an image, and then keeps them all
+        return frozenset()
 
 
 def _not_found(store: Store, step: int | str) -> NotFoundError:

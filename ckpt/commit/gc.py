@@ -5,22 +5,29 @@ one that may still be written, never a key that is none of ours. Can be stopped 
 
 Ages are differences of time stamps of the store itself (a marker is written and listed), never of the local clock.
 
-One dead attempt goes in this order:
+What is dead goes in this order:
 
-    1. its `aborted.json` is durable: a committer that wakes up late now gives up (publish.py), `unforget` too
+    1. `aborted.json` of the attempt is durable: a committer that wakes up late now gives up (publish.py), `unforget` too
     2. the manifest is looked at once more: if it names the attempt, the mark goes and everything else stays
     3. of a forgotten step, `forgotten.json` is deleted: it cannot be brought back any more
-    4. its objects are deleted
-    5. `aborted.json` is deleted, last, so that a crash in between leaves the mark for the next run
+    4. when all attempts are through 1 to 3: `removing.json` names the images that are to go: a save that is about to refer
+       to one of them now gives up (references.py)
+    5. all manifests and pins are looked at once more: an image that one of them needs stays, with the mark of 1
+    6. the other objects are deleted
+    7. `removing.json`, then, where no image stays, `aborted.json` is deleted, last, so that a crash in between leaves the mark
+       for the next run
+
+That 3 is done for all before 6 for any keeps `unforget` from bringing a step back whose references are gone.
 """
 
 from __future__ import annotations
 
 import secrets
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from ckpt import failpoints
-from ckpt.commit import names
+from ckpt.commit import names, references
 from ckpt.commit.find import Attempt, StepContents, contents, step_folders
 from ckpt.commit.publish import mark_aborted, published_attempt
 from ckpt.config import Options
@@ -28,6 +35,7 @@ from ckpt.errors import DamagedError
 from ckpt.store.base import Store
 
 _DELETE_AT_ONCE = 64
+_LISTED_STEPS_MAX = 8  # in one reason
 _MARKERS = ".ckpt-gc/"
 
 
@@ -38,14 +46,19 @@ class Removal:
     step: int
     attempt: str
     reason: str
-    keys: tuple[str, ...]
-    nbytes: int
+    keys: tuple[str, ...]  # but those that are needed by others
+    sizes: tuple[int, ...]  # bytes of each key
     forgotten: bool  # the step's forgotten.json names this attempt
+    holds_images: bool  # some stay, for others
+
+    @property
+    def nbytes(self) -> int:
+        return sum(self.sizes)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Kept:
-    """One attempt without a manifest that stays, and why."""
+    """One attempt without a manifest that stays, or images of one, and why."""
 
     step: int
     attempt: str
@@ -98,15 +111,23 @@ def make_plan(found: list[StepContents], *, now_s: float, options: Options, forc
     removals: list[Removal] = []
     kept: list[Kept] = []
     leftovers: list[str] = []
+    needs = _Needs()
+    going: list[tuple[Attempt, str, bool]] = []
     for step in found:
+        needs.add_step(step)
         for attempt in step.attempts:
             remove, reason = _judge(step, attempt, now_s, options, force_unfinished)
             if remove:
-                removals.append(_removal(attempt, reason, attempt.attempt == step.forgotten))
+                going.append((attempt, reason, attempt.attempt == step.forgotten))
             elif reason:
+                needs.add(step.step, attempt.pinned)
                 record = Kept(step=step.step, attempt=attempt.attempt, reason=reason, nbytes=attempt.nbytes)
                 kept.append(record)
         leftovers += _leftovers(step, now_s, options, force_unfinished)
+    for attempt, reason, forgotten in going:
+        removal, held = _split(attempt, reason, forgotten, needs)
+        removals += [removal] if removal is not None else []
+        kept += [held] if held is not None else []
     return GcPlan(removals=tuple(removals), kept=tuple(kept), leftovers=tuple(leftovers))
 
 
@@ -132,15 +153,61 @@ def _judge(
     return True, f"unpublished, last written {age_s:.0f} s ago"
 
 
-def _removal(attempt: Attempt, reason: str, forgotten: bool) -> Removal:
-    return Removal(
+class _Needs:
+    """Which images are needed by steps whose attempt did not write them. Filled once, then only asked."""
+
+    def __init__(self) -> None:
+        self._steps: dict[str, set[int]] = {}
+        self._unreadable: int | None = None  # a step whose manifest does not say what it needs
+
+    def add(self, step: int, keys: Iterable[str]) -> None:
+        for key in keys:
+            self._steps.setdefault(key, set()).add(step)
+
+    def add_step(self, step: StepContents) -> None:
+        """A forgotten step needs nothing: it goes in this very run, unless it cannot be read."""
+        if step.needed is None or step.forgotten_needed is None:
+            self._unreadable = step.step
+        self.add(step.step, step.needed or ())
+
+    def of(self, attempt: Attempt) -> dict[str, set[int]]:
+        """The images of an attempt that others need or may need, and the steps that do."""
+        images = [key for key in attempt.keys if _is_image(key)]
+        if self._unreadable is not None:
+            return {key: self._steps.get(key, set()) for key in images}
+        return {key: self._steps[key] for key in images if key in self._steps}
+
+    def reason(self, held: Mapping[str, set[int]]) -> str:
+        steps = sorted(set().union(*held.values()))
+        if not steps:
+            return f"the manifest of step {self._unreadable} cannot be read, so it is not known which images it needs"
+        shown = ", ".join(str(step) for step in steps[:_LISTED_STEPS_MAX])
+        more = f" and {len(steps) - _LISTED_STEPS_MAX} more" if len(steps) > _LISTED_STEPS_MAX else ""
+        return f"{len(held)} of its images needed by step{'s' if len(steps) > 1 else ''} {shown}{more}"
+
+
+def _is_image(key: str) -> bool:
+    return key.count("/") == 2 and names.parse_ranked(key.rsplit("/", 1)[1], "safetensors") is not None
+
+
+def _split(attempt: Attempt, reason: str, forgotten: bool, needs: _Needs) -> tuple[Removal | None, Kept | None]:
+    """What of a dead attempt goes, and which of its images stay for others."""
+    held = needs.of(attempt)
+    sizes = dict(zip(attempt.keys, attempt.sizes, strict=True))
+    mark = names.aborted_key(attempt.step, attempt.attempt)
+    going = [key for key in attempt.keys if key not in held and not (held and key == mark)]
+    removal = Removal(
         step=attempt.step,
         attempt=attempt.attempt,
         reason=reason,
-        keys=attempt.keys,
-        nbytes=attempt.nbytes,
+        keys=tuple(going),
+        sizes=tuple(sizes[key] for key in going),
         forgotten=forgotten,
+        holds_images=bool(held),
     )
+    nbytes = sum(sizes[key] for key in held)
+    kept = Kept(step=attempt.step, attempt=attempt.attempt, reason=needs.reason(held), nbytes=nbytes) if held else None
+    return removal if going or forgotten else None, kept
 
 
 def _leftovers(step: StepContents, now_s: float, options: Options, force_unfinished: bool) -> list[str]:
@@ -157,13 +224,13 @@ def _leftovers(step: StepContents, now_s: float, options: Options, force_unfinis
 
 def _act(store: Store, plan: GcPlan, found: list[StepContents], sweep_age_s: float) -> GcReport:
     nbytes = num_objects = 0
-    spared: list[str] = []
-    for removal in plan.removals:
-        if _remove(store, removal):
-            nbytes += removal.nbytes
-            num_objects += len(removal.keys)
-        else:
-            spared.append(removal.attempt)
+    spared = [removal.attempt for removal in plan.removals if not _condemn(store, removal)]  # 1 to 3
+    dead = [removal for removal in plan.removals if removal.attempt not in spared]
+    needed = _look_again(store, dead)  # 4, 5
+    for removal in dead:
+        gone = _delete(store, removal, needed)  # 6, 7
+        nbytes += sum(gone)
+        num_objects += len(gone)
     store.delete(plan.leftovers)
     num_swept = sum(store.sweep(f"{names.step_folder(step.step)}/", older_than_s=sweep_age_s) for step in found)
     return GcReport(
@@ -176,26 +243,47 @@ def _act(store: Store, plan: GcPlan, found: list[StepContents], sweep_age_s: flo
     )
 
 
-def _remove(store: Store, removal: Removal) -> bool:
-    """Steps 1 to 5 of the module's text; False when the attempt is published after all."""
+def _condemn(store: Store, removal: Removal) -> bool:
+    """Steps 1 to 3 of the module's text; False when the attempt is published after all."""
     mark_aborted(store, removal.step, removal.attempt, f"removed by gc: {removal.reason}")
     failpoints.hit("gc.after-verdict")
     try:
         published = published_attempt(store, removal.step) == removal.attempt
     except DamagedError:
         published = True  # not known whose it is
-    mark = names.aborted_key(removal.step, removal.attempt)
     if published:
-        store.delete([mark])
+        store.delete([names.aborted_key(removal.step, removal.attempt)])
         return False
     if removal.forgotten:
         store.delete([names.forgotten_key(removal.step)])
-    keys = [key for key in removal.keys if key != mark]
+    return True
+
+
+def _look_again(store: Store, dead: Sequence[Removal]) -> set[str]:
+    """Steps 4 and 5: keys of the images that stay, because they are needed or because that is not known."""
+    images = {removal.attempt: [key for key in removal.keys if _is_image(key)] for removal in dead}
+    if not any(images.values()):
+        return set()
+    for removal in dead:
+        if images[removal.attempt]:
+            references.mark_removing(store, removal.step, removal.attempt, images[removal.attempt])
+    failpoints.hit("gc.after-marks")
+    needed = references.needed_in(store, step_folders(store))
+    return {key for keys in images.values() for key in keys} if needed is None else needed
+
+
+def _delete(store: Store, removal: Removal, needed: set[str]) -> list[int]:
+    """Steps 6 and 7; sizes of what was deleted."""
+    marks = [names.removing_key(removal.step, removal.attempt), names.aborted_key(removal.step, removal.attempt)]
+    sizes = dict(zip(removal.keys, removal.sizes, strict=True))
+    keys = [key for key in removal.keys if key not in needed and key not in marks]
     for start in range(0, len(keys), _DELETE_AT_ONCE):
         store.delete(keys[start : start + _DELETE_AT_ONCE])
         failpoints.hit("gc.between-deletes")
-    store.delete([mark])
-    return True
+    store.delete(marks[:1])
+    if not removal.holds_images and not needed.intersection(removal.keys):
+        store.delete(marks[1:])
+    return [sizes[key] for key in keys]
 
 
 def _store_time_s(store: Store) -> float:

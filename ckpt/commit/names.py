@@ -8,6 +8,8 @@ would not be written by this module is not read by it.
     step-000000001000/claims/<attempt>.json                         only on stores without conditional writes
     step-000000001000/<attempt>/00003-of-00128.safetensors          an image
     step-000000001000/<attempt>/aborted.json                        this attempt will never be published
+    step-000000001000/<attempt>/references.json                     images of other attempts that this one will refer to
+    step-000000001000/<attempt>/removing.json                       images that gc is about to remove
     step-000000001000/<attempt>/receipts/00003-of-00128.receipt     a rank's vote
     step-000000001000/<attempt>/receipts/00003-of-00128.failed.json a rank's reason
     events/...                                                      what happened (observe/log.py); no part of a checkpoint
@@ -24,6 +26,8 @@ STEP_MAX = 10**12 - 1
 MANIFEST = "manifest.json"
 FORGOTTEN = "forgotten.json"
 ABORTED = "aborted.json"
+PINS = "references.json"
+REMOVING = "removing.json"
 EVENTS = "events/"
 
 _STEP = re.compile(r"step-([0-9]{12})")
@@ -76,6 +80,16 @@ def aborted_key(step: int, attempt: str) -> str:
     return f"{attempt_folder(step, attempt)}/{ABORTED}"
 
 
+def pins_key(step: int, attempt: str) -> str:
+    """Key of the list of images that the unpublished `attempt` is going to refer to."""
+    return f"{attempt_folder(step, attempt)}/{PINS}"
+
+
+def removing_key(step: int, attempt: str) -> str:
+    """Key of the list of images of `attempt` that gc is about to remove."""
+    return f"{attempt_folder(step, attempt)}/{REMOVING}"
+
+
 def claims_prefix(step: int) -> str:
     """Prefix of the claims on `step`."""
     return f"{step_folder(step)}/claims/"
@@ -114,6 +128,11 @@ def parse_ranked(name: str, suffix: str) -> tuple[int, int] | None:
 def image_name(rank: int, world: int) -> str:
     """File name of the image of `rank`."""
     return ranked_name(rank, world, "safetensors")
+
+
+def is_image(step: int, attempt: str, file: str) -> bool:
+    """Whether these can be the step, the attempt and the name of an image."""
+    return 0 <= step <= STEP_MAX and is_attempt(attempt) and parse_ranked(file, "safetensors") is not None
 
 
 def receipts_prefix(step: int, attempt: str) -> str:

@@ -9,7 +9,8 @@ The save, in durable order (docs/explanation/commit.md has the reasons, tests/co
     2. each rank       its receipt is durable                                  leave_receipt
     3. the committer   has all receipts of one attempt, and they agree         collect_receipts
     4. the committer   the index is durable under the attempt id
-    5. the committer   nobody else has the step: no manifest, no abort, and on
+    5. the committer   nobody else has the step: no manifest, no abort, the
+                       images that it refers to stay (references.py), and on
                        a store without conditional writes a claim              publish
     6. the committer   the manifest is created once: THE COMMIT POINT          publish
     7. the other ranks see the manifest, or the abort, or their deadline       await_outcome
@@ -21,7 +22,7 @@ import contextlib
 import json
 
 from ckpt import failpoints
-from ckpt.commit import names
+from ckpt.commit import names, references
 from ckpt.commit.claims import Claim
 from ckpt.commit.receipts import read_record
 from ckpt.commit.waiting import SYSTEM_CLOCK, Clock, looks
@@ -43,7 +44,8 @@ def publish(
 
     Raises:
         AlreadyExistsError: another attempt has the step, or (`held`) is about to. Nothing was published.
-        RankFailedError: `aborted`: this attempt was marked as dead, by `gc` for instance. Nothing was published.
+        RankFailedError: `aborted`: this attempt was marked as dead, by `gc` for instance; `base-removed`: an image of an
+            earlier attempt that it refers to is gone or about to go. Nothing was published.
         StoreError: nothing was published, except for the kind `outcome-unknown`: the store went away between the
             question and the answer. Do not `abort` then; the next look at the step tells.
     """
@@ -53,6 +55,7 @@ def publish(
     _refuse_aborted(store, step, attempt)
     if refuse_existing_other(store, step, attempt):
         return
+    references.pin(store, step, attempt, manifest)
     if store.conditional_create:
         failpoints.hit("commit.before-manifest")
         _create(store, step, attempt, manifest)
@@ -60,6 +63,7 @@ def publish(
         _put_under_claim(store, step, attempt, manifest, Claim(store, step, attempt, options=options, clock=clock))
     failpoints.hit("commit.after-manifest")
     _withdraw_if_aborted(store, step, attempt)
+    references.unpin(store, step, attempt, manifest)
 
 
 def abort(store: Store, step: int, attempt: str, reason: str) -> None:

@@ -140,7 +140,15 @@ class Planner:
     def program(self, local: LocalState, planned: Planned, payloads: Sequence[bytes]) -> PackProgram:
         """How to fill this rank's image; the last one when nothing that it depends on has changed."""
         objects = [(obj.name, len(data)) for obj, data in zip(local.objects, payloads, strict=True)]
-        key = (planned.structure, len(planned.rows), planned.rows.lengths.tobytes(), *objects)
+        rows = planned.rows
+        key = (
+            planned.structure,
+            planned.block_bytes,
+            len(rows),
+            rows.offsets.tobytes(),
+            rows.lengths.tobytes(),
+            *objects,
+        )
         if self._program is None or self._program[0] != key:
             layout = lay_out(local.specs, planned.rows, objects)
             program = make_program(

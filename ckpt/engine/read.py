@@ -41,12 +41,13 @@ class ReadJob:
     """Everything that `run_reads` needs."""
 
     store: Store
-    keys: Sequence[str]  # of the images, by writer
+    keys: Sequence[str]  # of the images, by number
     plan: ReadPlan
     fragments: FragmentTable
     specs: Sequence[TensorSpec]
     pieces: PieceTable
     options: Options
+    missing: Callable[[int], str] | None = None  # what to say of the image of this number when it is gone
 
 
 def run_reads(job: ReadJob, *, progress: Progress | None = None) -> None:
@@ -99,13 +100,15 @@ def _run(job: ReadJob, progress: Progress | None, *, stop_at_first: bool) -> lis
 def _read_chunk(job: ReadJob, chunk: int, buffer: NDArray[np.uint8]) -> list[Damage]:
     plan = job.plan
     start, stop = int(plan.start[chunk]), int(plan.stop[chunk])
-    key = job.keys[int(plan.writer[chunk])]
+    image = int(plan.writer[chunk])
+    key = job.keys[image]
     data = buffer[: stop - start]
     try:
         job.store.read_into(key, start, data.data)
     except (DamagedError, NotFoundError) as error:  # an image that a manifest names and that is gone is damage
         tensor = _tensor(job, int(plan.block_fragment[plan.block_starts[chunk]]))
-        message = f"tensor `{tensor}` is damaged: bytes [{start}, {stop}) of `{key}`: {error.message}"
+        reason = job.missing(image) if job.missing and isinstance(error, NotFoundError) else error.message
+        message = f"tensor `{tensor}` is damaged: bytes [{start}, {stop}) of `{key}`: {reason}"
         return [Damage(key=key, start=start, stop=stop, tensor=tensor, message=message)]
     blocks = slice(int(plan.block_starts[chunk]), int(plan.block_starts[chunk + 1]))
     low, high = plan.block_start[blocks] - start, plan.block_stop[blocks] - start

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import secrets
 from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
 from typing import Literal
 
 import numpy as np
@@ -21,7 +23,7 @@ from ckpt.errors import DamagedError, NotFoundError
 from ckpt.format import index, manifest
 from ckpt.format.checksum import sha256
 from ckpt.format.image import OBJECT_SLOT_BYTES
-from ckpt.format.manifest import FileRecord, Manifest
+from ckpt.format.manifest import FileRecord, Manifest, ReferenceRecord, WriterRecord
 from ckpt.format.receipt import ObjectRow
 from ckpt.format.spec import PieceTable, TensorSpec
 from ckpt.layout.box import Int64Array
@@ -30,6 +32,22 @@ from ckpt.plan.read import ReadPlan, plan_read, uncovered
 from ckpt.store.base import Store
 
 ROOM_BYTES_FREE = 16 << 20  # so much memory is taken on the word of an index alone
+
+
+@dataclass(frozen=True, kw_only=True)
+class StoredImage:
+    """One image that holds fragments of a checkpoint: its own, or one of another step that it refers to."""
+
+    key: str
+    nbytes: int
+    header_bytes: int
+    header_crc32c: int
+    step: int  # whose image it is
+
+    def missing(self, reader: int) -> DamagedError:
+        """What is wrong when it is gone; `reader` is the step that is read."""
+        other = f" (an image of step {self.step}, which step {reader} refers to)" if self.step != reader else ""
+        return DamagedError(f"`{self.key}` is missing from a complete checkpoint{other}", kind="missing-file")
 
 
 class StoredCheckpoint:
@@ -62,16 +80,40 @@ class StoredCheckpoint:
         images = [(rank, names.image_name(rank, num_writers)) for rank in range(num_writers)]
         if [record.file for record in records] != expected or [(w.rank, w.file) for w in found.writers] != images:
             raise DamagedError(f"the manifest of step {self.step} names files that are not its own", kind="bad-names")
+        for one in found.references:  # no name may lead out of the run
+            own = (one.step, one.attempt) == (self.step, found.attempt)
+            if own or not names.is_image(one.step, one.attempt, one.file):
+                raise DamagedError(
+                    f"the manifest of step {self.step} refers to what is no image of another attempt", kind="bad-names"
+                )
 
     @property
     def folder(self) -> str:
         """Key prefix of the attempt's files."""
         return names.attempt_folder(self.step, self.manifest.attempt)
 
+    @cached_property
+    def images(self) -> list[StoredImage]:
+        """All images, by the number that the index has for them: of the writers, then those referred to."""
+        own: list[tuple[int, str, WriterRecord | ReferenceRecord]] = [
+            (self.step, self.folder, writer) for writer in self.manifest.writers
+        ]
+        others = [(one.step, names.attempt_folder(one.step, one.attempt), one) for one in self.manifest.references]
+        return [
+            StoredImage(
+                key=f"{folder}/{record.file}",
+                nbytes=record.nbytes,
+                header_bytes=record.header_bytes,
+                header_crc32c=record.header_crc32c,
+                step=step,
+            )
+            for step, folder, record in (*own, *others)
+        ]
+
     @property
     def image_keys(self) -> list[str]:
-        """Key of each writer's image."""
-        return [f"{self.folder}/{writer.file}" for writer in self.manifest.writers]
+        """Key of each image, by number."""
+        return [image.key for image in self.images]
 
     @property
     def specs(self) -> list[TensorSpec]:
@@ -102,8 +144,8 @@ class StoredCheckpoint:
                 )
         return self._objects
 
-    def fragments(self, tensors: NDArray[np.integer] | None = None) -> index.FragmentTable:
-        """Fragments of the tensors with these ids; of all when None."""
+    def fragments(self, tensors: NDArray[np.integer] | None = None, *, digests: bool = False) -> index.FragmentTable:
+        """Fragments of the tensors with these ids; of all when None. `digests`: with their SHA-256, where stored."""
         record, specs = self.manifest.fragments, self.specs
         file = self._file(record, whole=tensors is None or len(tensors) * 2 > len(specs))
         table = index.unpack_fragments(
@@ -113,6 +155,7 @@ class StoredCheckpoint:
             self.manifest.block_bytes,
             name=self._key(record),
             counts=self._counts,
+            digests=digests,
         )
         self._check_places(table)
         # Fragments that overlap could add up to a whole and leave elements unread. The random seed lets none be made to fit.
@@ -125,8 +168,8 @@ class StoredCheckpoint:
         return table
 
     def _check_places(self, table: index.FragmentTable) -> None:
-        sizes = np.array([writer.nbytes for writer in self.manifest.writers], np.int64)
-        headers = np.array([writer.header_bytes for writer in self.manifest.writers], np.int64)
+        sizes = np.array([image.nbytes for image in self.images], np.int64)
+        headers = np.array([image.header_bytes for image in self.images], np.int64)
         bad = (table.writer < 0) | (table.writer >= len(sizes))
         if not bad.any():
             bad = (table.offsets < headers[table.writer]) | (table.offsets > sizes[table.writer] - table.nbytes)
@@ -139,13 +182,13 @@ class StoredCheckpoint:
     def check_room(self, nbytes: int) -> None:
         """Before memory for `nbytes` of one tensor is taken: that the images really hold so much. DamagedError when not."""
         held = 0
-        for key, writer in zip(self.image_keys, self.manifest.writers, strict=True):
+        for image in self.images:
             if nbytes <= max(held, ROOM_BYTES_FREE):
                 return
             try:
-                held += min(self.store.size(key), writer.nbytes)
+                held += min(self.store.size(image.key), image.nbytes)
             except NotFoundError as error:
-                raise DamagedError(f"`{key}` is missing from a complete checkpoint", kind="missing-file") from error
+                raise image.missing(self.step) from error
         if nbytes > max(held, ROOM_BYTES_FREE):
             raise DamagedError(
                 f"step {self.step} is damaged: it claims {nbytes} bytes of a tensor in images of {held} bytes"
@@ -172,6 +215,7 @@ class StoredCheckpoint:
         return ReadJob(
             store=self.store,
             keys=self.image_keys,
+            missing=lambda number: self.images[number].missing(self.step).message,
             plan=plan,
             fragments=fragments,
             specs=self.specs,

@@ -1,8 +1,9 @@
-"""Lay a stored checkpoint out anew for other ranks, in one process and in bounded memory.
+"""Lay a stored checkpoint out anew, for other ranks or as it is, in one process and in bounded memory.
 
-In: a stored checkpoint, a layout and a store. Out: a published checkpoint of the same step, tensors and objects. Images are
-built in memory, as many at once as the budget allows, and every source byte is read once where it allows all of one batch. Never
-shows a half-written checkpoint: the manifest comes last, and a failure takes back what was written.
+In: a stored checkpoint, a layout (none: a copy) and a store. Out: a published checkpoint of the same step, tensors and objects,
+that refers to no other one. Images are built in memory, as many at once as the budget allows, and every source byte is read once
+where it allows all of one batch. Never shows a half-written checkpoint: the manifest comes last, and a failure takes back what
+was written.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import dataclasses
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import psutil
@@ -53,6 +55,9 @@ class TargetImage:
     held: BoxTable  # what a load on this rank gets
     program: PackProgram
     rows: tuple[ObjectRow, ...]  # of the source: the objects that this image takes over
+    digests: NDArray[np.uint8] | None = (
+        None  # [N, 32] of the fragments in file order, where they are those of the source
+    )
 
     @property
     def nbytes(self) -> int:
@@ -61,10 +66,10 @@ class TargetImage:
 
 @dataclass(frozen=True, kw_only=True)
 class ReshardPlan:
-    """What a reshard would do. Made without reading a byte of a tensor."""
+    """What a reshard or a copy would do. Made without reading a byte of a tensor."""
 
     stored: StoredCheckpoint
-    layout: Layout
+    layout: dict[str, Any] | None  # the document to store
     block_bytes: int
     images: tuple[TargetImage, ...]
     fragments: FragmentTable  # of the source
@@ -135,15 +140,55 @@ def plan_reshard(stored: StoredCheckpoint, layout: Layout, *, options: Options) 
     block_bytes = choose_block_bytes(stored.manifest.tensor_bytes)
     images = []
     for rank, rows in enumerate(plan_targets(specs, held)):
-        objects = tuple(row for row in stored.objects if row.rank % len(ranks) == rank)
-        sizes = [(object_key(row.name, rank=row.rank, writer=rank), row.nbytes) for row in objects]
-        image = lay_out(specs, rows, sizes)
-        program = make_program(
-            image, specs, rows, image.source, chunk_bytes=options.chunk_bytes, block_bytes=block_bytes
-        )
-        images.append(TargetImage(rank=rank, held=held[rank], program=program, rows=objects))
+        objects = [row for row in stored.objects if row.rank % len(ranks) == rank]
+        program = _program(stored, rank, rows, objects, block_bytes, options)
+        images.append(TargetImage(rank=rank, held=held[rank], program=program, rows=tuple(objects)))
     return ReshardPlan(
-        stored=stored, layout=layout, block_bytes=block_bytes, images=tuple(images), fragments=stored.fragments()
+        stored=stored,
+        layout=to_document(layout),
+        block_bytes=block_bytes,
+        images=tuple(images),
+        fragments=stored.fragments(),
+    )
+
+
+def plan_copy(stored: StoredCheckpoint, *, options: Options) -> ReshardPlan:
+    """Plan the same fragments in as many images, all of them in this checkpoint: none in an image of another step."""
+    fragments = stored.fragments(digests=True)
+    block_bytes, num_images = stored.manifest.block_bytes, len(stored.manifest.writers)
+    # A fragment of another step goes into the image of the same number: in a run of one job, that of the rank that held it.
+    others = [names.parse_ranked(one.file, "safetensors") or (0, 0) for one in stored.manifest.references]
+    home = np.array([*range(num_images), *(number % num_images for number, _ in others)], np.int64)
+    images = []
+    for rank in range(num_images):
+        of = np.flatnonzero(home[fragments.writer] == rank)
+        rows = fragments.boxes.take(of)
+        objects = [row for row in stored.objects if row.writer == rank]
+        program = _program(stored, rank, rows, objects, block_bytes, options)
+        digests = fragments.digests[of[program.layout.source]] if fragments.digests is not None else None
+        images.append(TargetImage(rank=rank, held=rows, program=program, rows=tuple(objects), digests=digests))
+    return ReshardPlan(
+        stored=stored,
+        layout=stored.manifest.layout,
+        block_bytes=block_bytes,
+        images=tuple(images),
+        fragments=fragments,
+    )
+
+
+def _program(
+    stored: StoredCheckpoint,
+    rank: int,
+    rows: BoxTable,
+    objects: Sequence[ObjectRow],
+    block_bytes: int,
+    options: Options,
+) -> PackProgram:
+    """The image of these fragments and objects."""
+    sizes = [(object_key(row.name, rank=row.rank, writer=rank), row.nbytes) for row in objects]
+    image = lay_out(stored.specs, rows, sizes)
+    return make_program(
+        image, stored.specs, rows, image.source, chunk_bytes=options.chunk_bytes, block_bytes=block_bytes
     )
 
 
@@ -311,7 +356,7 @@ class _Reshard:
             [self._receipt(image) for image in self._plan.images],
             metadata=source.metadata,
             metrics=source.metrics,
-            layout=to_document(self._plan.layout),
+            layout=self._plan.layout,
         )
         record = dataclasses.replace(
             assembled.manifest, world=source.world, rank_layouts=source.layouts_by_rank, structure_changed=False
@@ -330,6 +375,7 @@ class _Reshard:
             file_bytes=layout.total_bytes,
             block_bytes=self._plan.block_bytes,
             checksums=self._packers[image.rank].checksums,
+            digests=image.digests,
             objects=[
                 dataclasses.replace(row, writer=image.rank, byte_offset=offset)
                 for row, offset in zip(image.rows, layout.object_offsets, strict=True)
@@ -353,7 +399,7 @@ class _Reshard:
             return  # it may be published
         step = self._plan.stored.step
         try:
-            publishing.abort(self._into, step, self._attempt, f"the reshard failed: {error}")
+            publishing.abort(self._into, step, self._attempt, f"it could not be written: {error}")
             self._into.delete([*self._written, names.aborted_key(step, self._attempt)])
         except CheckpointError as problem:
             error.add_note(f"what was written could not be removed (`ckpt gc` does): {problem.message}")

@@ -24,6 +24,7 @@ from ckpt.commit import names
 from ckpt.commit.assemble import Assembler
 from ckpt.config import Options
 from ckpt.engine.flush import Flusher
+from ckpt.engine.incremental import Earlier, Thinned, Whole
 from ckpt.engine.planned import Planned, Planner
 from ckpt.engine.world import World
 from ckpt.errors import AlreadyExistsError, CheckpointError, SaveFailedError
@@ -54,6 +55,7 @@ class Request:
     metrics: dict[str, float] = field(default_factory=dict)
     metadata: dict[str, Any] = field(default_factory=dict)
     layout: dict[str, Any] | None = None
+    incremental: bool = False  # refer to what an earlier checkpoint holds already
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,7 +64,7 @@ class Saved:
 
     step: int
     attempt: str
-    nbytes: int  # of this rank's image
+    nbytes: int  # of this rank's image, as written
     seconds: dict[str, float]  # by phase (ckpt/events.py)
     direct: bool = False  # whether the image was written around the page cache
     structure_changed: bool = False  # on some rank, since the ranks planned together
@@ -87,6 +89,17 @@ class Attempt:
     staging: Staging | None = None
     expected: NDArray[np.uint32] | None = None  # checksums of the state as it was in the call
     keep_alive: tuple[object, ...] = ()
+    thinned: Thinned | None = None  # what an incremental save writes instead of the whole image
+
+    @property
+    def written(self) -> PackProgram:
+        """The image as it is in the store."""
+        return self.thinned.program if self.thinned is not None else self.program
+
+    @property
+    def structure(self) -> str:
+        """Equal for attempts of equal image tables."""
+        return self.image_digest + (f"-{self.thinned.key}" if self.thinned is not None else "")
 
 
 class SaveSession:
@@ -103,6 +116,7 @@ class SaveSession:
         self._sent: str | None = None  # structure whose image table the committer has
         self._assembler = Assembler(PROGRAM)
         self._flusher = Flusher(store, options)
+        self._earlier = Earlier(store, options)
 
     def plan_again(self) -> None:
         """Plan with the other ranks at the next save. All ranks call, before the same save."""
@@ -129,7 +143,11 @@ class SaveSession:
             error: why this rank has no state to save; then no rank saves and every rank raises.
         """
         try:
-            saved = self.finish(self._prepare(local, request, error, timeline or Timeline()))
+            if request.incremental:  # what is unchanged is known when all of the image is there
+                attempt = self.stage(local, request, error, timeline)
+            else:
+                attempt = self._prepare(local, request, error, timeline or Timeline())
+            saved = self.finish(attempt)
         except BaseException:
             self.plan_again()  # every rank failed with this one, and all must agree anew
             raise
@@ -165,9 +183,11 @@ class SaveSession:
     def finish(self, attempt: Attempt) -> Saved:
         """Write, leave the receipt and wait for the outcome. No collective call. The steps are those of DESIGN 5.5."""
         step, timeline = attempt.request.step, attempt.timeline
-        nbytes = attempt.program.layout.total_bytes
         try:
             with self._telling_others(step, attempt.id):
+                if attempt.request.incremental:
+                    self._thin(attempt)
+                nbytes = attempt.written.layout.total_bytes
                 failpoints.hit("save.before-image")
                 with timeline.phase("write", nbytes=nbytes):
                     direct = self._write_image(attempt)  # 1. this rank's image is durable
@@ -182,10 +202,14 @@ class SaveSession:
                 else:
                     changed = self._await(attempt)
         except BaseException as error:
+            self._earlier.drop()
+            self._sent = None  # the committer may have the table of this attempt by now, and no longer the one before
             self._put_back(attempt, error)
             raise
+        if attempt.thinned is not None:
+            self._earlier.keep(step, attempt.id, self._file_name, self._whole(attempt), attempt.thinned)
         self._put_back(attempt, None)
-        self._sent = attempt.image_digest
+        self._sent = attempt.structure
         timeline.add("total", timeline.start, time.perf_counter(), nbytes=nbytes, direct=direct)
         return Saved(
             step=step,
@@ -329,29 +353,53 @@ class SaveSession:
     def _write_image(self, attempt: Attempt) -> bool:
         """Returns whether the page cache was left out."""
         key = f"{names.attempt_folder(attempt.request.step, attempt.id)}/{self._file_name}"
+        if attempt.thinned is not None and attempt.thinned.packer is not None:
+            return self._flusher.write(key, attempt.thinned.program, attempt.thinned.packer, None)
         return self._flusher.write(key, attempt.program, attempt.packer, attempt.staging)
+
+    def _thin(self, attempt: Attempt) -> None:
+        """Wait for all of the image, and find what of it an earlier checkpoint holds."""
+        assert attempt.staging is not None
+        for chunk in range(attempt.program.num_chunks):
+            attempt.staging.wait_for(chunk)
+        with attempt.timeline.phase("digest", nbytes=attempt.program.layout.total_bytes):
+            attempt.thinned = self._earlier.thin(self._whole(attempt))
+
+    def _whole(self, attempt: Attempt) -> Whole:
+        assert attempt.staging is not None
+        return Whole(
+            memory=attempt.staging.memory,
+            program=attempt.program,
+            specs=attempt.image.specs,
+            checksums=attempt.packer.checksums,
+            block_bytes=attempt.block_bytes,
+            objects=attempt.objects,
+        )
 
     @property
     def _file_name(self) -> str:
         return names.image_name(self._world.rank, self._world.size)
 
     def _receipt(self, attempt: Attempt) -> receipt.Receipt:
+        thinned, is_new = attempt.thinned, self._sent != attempt.structure
+        image = thinned.image if thinned is not None else attempt.image
         return receipt.Receipt(
             rank=self._world.rank,
             world=self._world.size,
             step=attempt.request.step,
             attempt=attempt.id,
-            structure=attempt.image_digest,
+            structure=attempt.structure,
             file=self._file_name,
-            file_bytes=attempt.program.layout.total_bytes,
+            file_bytes=attempt.written.layout.total_bytes,
             block_bytes=attempt.block_bytes,
             checksums=attempt.packer.checksums,
-            objects=attempt.objects,
-            image=attempt.image if self._sent != attempt.image_digest else None,
+            objects=thinned.objects if thinned is not None else attempt.objects,
+            image=image if is_new else None,
+            digests=thinned.digests if thinned is not None else None,
             extra={
                 "structure_changed": attempt.changed,
                 "layout": attempt.layout_digest,
-                "tensors": attempt.describe() if self._sent != attempt.image_digest else None,
+                "tensors": attempt.describe() if is_new else None,
             },
         )
 

@@ -1,8 +1,9 @@
 """Check every byte of one stored checkpoint, and go on after what is found.
 
 In: a stored checkpoint. Out: `Verified`: what was checked, and one `Finding` per damaged place. Covers the index files, the
-headers of all images, every block of every fragment, every object, sizes and absent files; the manifest was checked when the
-checkpoint was opened. Never writes, never holds more than a few chunks; an unreachable store is an error, not a finding.
+headers of all images, every block of every fragment, every object, sizes and absent files; of images of other steps that it
+refers to, the header and the blocks of its own fragments. The manifest was checked when the checkpoint was opened. Never writes,
+never holds more than a few chunks; an unreachable store is an error, not a finding.
 """
 
 from __future__ import annotations
@@ -15,11 +16,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ckpt.engine.read import Progress, ReadJob, find_damage
-from ckpt.engine.reader import StoredCheckpoint
+from ckpt.engine.reader import StoredCheckpoint, StoredImage
 from ckpt.errors import DamagedError, NotFoundError
 from ckpt.format.image import OBJECT_PREFIX, fragment_key, header_entry, header_nbytes, object_key, parse_header
 from ckpt.format.index import FragmentTable
-from ckpt.format.manifest import FileRecord, WriterRecord
+from ckpt.format.manifest import FileRecord
 from ckpt.format.receipt import ObjectRow
 from ckpt.format.spec import LocalState
 from ckpt.kernels import crc32c
@@ -57,7 +58,8 @@ def verify_nbytes(stored: StoredCheckpoint) -> int:
     """Bytes that `verify` reads of an undamaged checkpoint."""
     found = stored.manifest
     index = sum(record.nbytes for record in (found.tensors, found.fragments, found.objects))
-    return index + sum(writer.nbytes for writer in found.writers)
+    referred = sum(one.header_bytes + one.used_bytes for one in found.references)
+    return index + sum(writer.nbytes for writer in found.writers) + referred
 
 
 def verify(stored: StoredCheckpoint, *, progress: Progress | None = None) -> Verified:
@@ -80,12 +82,13 @@ class _Verification:
         stored = self._stored
         records = (stored.manifest.tensors, stored.manifest.fragments, stored.manifest.objects)
         sound = [self._check_index_file(record) for record in records]
-        readable = np.array([self._size_of_image(writer) for writer in stored.manifest.writers], np.int64)
+        readable = np.array([self._size_of_image(image) for image in stored.images], np.int64)
         headers = [self._header(number, int(size)) for number, size in enumerate(readable)]
         fragments = self._try(stored.manifest.fragments, stored.fragments) if sound[0] and sound[1] else None
         rows = self._try(stored.manifest.objects, lambda: stored.objects) if sound[2] else None
         if fragments is not None:
             self._check_tiled(fragments)
+            self._check_used(fragments)
             self._check_entries(fragments, headers)
             self._check_fragments(fragments, readable)
         if rows is not None:
@@ -113,12 +116,12 @@ class _Verification:
 
     # files
 
-    def _size(self, key: str, expected: int) -> int:
+    def _size(self, key: str, expected: int, missing: str = "") -> int:
         """Bytes of the file, -1 when there is none; both are findings where they are not as expected."""
         try:
             found = self._stored.store.size(key)
         except NotFoundError:
-            self._add(f"`{key}` is missing", key, kind="missing-file")
+            self._add(missing or f"`{key}` is missing", key, kind="missing-file")
             return -1
         except DamagedError as error:  # a folder or a link in its place
             self._add(error.message, key, kind=error.kind)
@@ -146,13 +149,14 @@ class _Verification:
                 self._add(text, key, start=start, stop=stop)
         return len(self._findings) == before
 
-    def _size_of_image(self, writer: WriterRecord) -> int:
-        return min(self._size(self._key(writer.file), writer.nbytes), writer.nbytes)
+    def _size_of_image(self, image: StoredImage) -> int:
+        missing = image.missing(self._stored.step).message
+        return min(self._size(image.key, image.nbytes, missing), image.nbytes)
 
     def _header(self, number: int, readable: int) -> _Entries | None:
         """The checked header of an image; None when it is not the one that was written."""
-        writer = self._stored.manifest.writers[number]
-        key = self._key(writer.file)
+        writer = self._stored.images[number]
+        key = writer.key
         if readable < writer.header_bytes:
             return None  # missing or cut: there is a finding
         header = self._stored.store.read(key, 0, writer.header_bytes)
@@ -180,6 +184,19 @@ class _Verification:
             spec = specs[tensor]
             text = f"the fragments of `{spec.name}` hold {covered} elements, expected {spec.nbytes // spec.itemsize}, once each"
             self._add(text, key, kind="not-tiled", tensor=spec.name)
+
+    def _check_used(self, fragments: FragmentTable) -> None:
+        """The manifest says how much of each image of another step is used."""
+        stored = self._stored
+        num_own = len(stored.manifest.writers)
+        used = np.bincount(fragments.writer, weights=fragments.nbytes, minlength=len(stored.images))
+        for reference, found in zip(stored.manifest.references, used[num_own:].tolist(), strict=True):
+            if found != reference.used_bytes:
+                text = (
+                    f"{int(found)} bytes of `{reference.file}` of step {reference.step} are referred to, "
+                    f"expected {reference.used_bytes}"
+                )
+                self._add(text, self._key(stored.manifest.fragments.file))
 
     def _check_entries(self, fragments: FragmentTable, headers: list[_Entries | None]) -> None:
         """The index and the headers of the images say the same of every fragment."""
@@ -216,6 +233,7 @@ class _Verification:
             specs=stored.specs,
             pieces=LocalState.empty().pieces,
             options=stored.options,
+            missing=lambda number: stored.images[number].missing(stored.step).message,
         )
         for damage in find_damage(job, progress=self._progress):
             self._add(damage.message, damage.key, start=damage.start, stop=damage.stop, tensor=damage.tensor)
@@ -236,11 +254,15 @@ class _Verification:
         seen: set[tuple[int, int]] = set()
         for row in rows:
             stop = row.byte_offset + row.nbytes
-            key = self._stored.image_keys[row.writer] if 0 <= row.writer < len(readable) else self._stored.folder
+            key = (
+                self._stored.image_keys[row.writer]
+                if 0 <= row.writer < len(self._stored.manifest.writers)
+                else self._stored.folder
+            )
             place: dict[str, Any] = {"start": row.byte_offset, "stop": stop, "object": row.name}
             try:
                 self._stored.read_object(row)
-                self._check_object_entry(row, headers[row.writer])
+                self._check_object_entry(row, headers[row.writer])  # `read_object` refused a number that is no writer's
             except NotFoundError:
                 text = f"object `{row.name}` of rank {row.rank} is lost: `{key}` is missing"
                 self._add(text, key, kind="missing-file", **place)

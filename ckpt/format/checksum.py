@@ -15,6 +15,7 @@ from ckpt.layout.box import Int64Array
 
 BLOCK_BYTES_MIN = 64 * KIB
 BLOCK_BYTES_MAX = 1024 * KIB
+DIGEST_BYTES = 32  # of a fragment: SHA-256
 BLOCKS_MAX = 1 << 20  # of one checkpoint: larger ones get larger blocks
 
 

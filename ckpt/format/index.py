@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 
 from ckpt.config import INDEX_ROWS_MAX, ROW_GROUP_ROWS_MAX, TENSOR_BYTES_MAX, TENSOR_DIMS_MAX
 from ckpt.errors import CheckpointError, DamagedError
-from ckpt.format.checksum import num_blocks, sha256
+from ckpt.format.checksum import DIGEST_BYTES, num_blocks, sha256
 from ckpt.format.manifest import FileRecord
 from ckpt.format.receipt import ObjectRow
 from ckpt.format.spec import OBJECT_KINDS, TensorSpec, global_shapes
@@ -39,11 +39,12 @@ class FragmentTable:
     """Fragments of a checkpoint, sorted by tensor and then by row-major position. `boxes.tensor` is the tensor's id."""
 
     boxes: BoxTable
-    writer: NDArray[np.int32]  # [N] rank whose image holds the fragment
+    writer: NDArray[np.int32]  # [N] number of the image that holds it: of the writers, then of the references
     offsets: Int64Array  # [N] bytes from the start of that file
     nbytes: Int64Array  # [N]
     checksums: NDArray[np.uint32]  # per block, fragment after fragment
     block_starts: Int64Array  # [N + 1] first block of each fragment
+    digests: NDArray[np.uint8] | None = None  # [N, 32] SHA-256 of each; None: not stored, or not asked for
 
     def __len__(self) -> int:
         return len(self.boxes)
@@ -92,6 +93,7 @@ _FRAGMENT_FIELDS: dict[str, pa.DataType] = {
     "nbytes": pa.int64(),
     "checksums": pa.list_(pa.uint32()),
 }
+_DIGEST = pa.binary(DIGEST_BYTES)  # of the optional column `sha256`
 _OBJECT_FIELDS: dict[str, pa.DataType] = {
     "name": pa.string(),
     "kind": pa.string(),
@@ -112,17 +114,21 @@ def pack_fragments(fragments: FragmentTable, num_dims: NDArray[np.int32]) -> byt
         num_dims: [N] dims of each fragment's tensor (columns of padded dims are not stored).
     """
     dims = np.arange(fragments.boxes.num_dims)[None, :] < num_dims[:, None]
-    table = pa.table(
-        {
-            "tensor": pa.array(fragments.boxes.tensor, pa.int32()),
-            "offsets": _lists(fragments.boxes.offsets[dims], num_dims, pa.int64()),
-            "lengths": _lists(fragments.boxes.lengths[dims], num_dims, pa.int64()),
-            "writer": pa.array(fragments.writer, pa.int32()),
-            "byte_offset": pa.array(fragments.offsets, pa.int64()),
-            "nbytes": pa.array(fragments.nbytes, pa.int64()),
-            "checksums": _lists(fragments.checksums, np.diff(fragments.block_starts), pa.uint32()),
-        }
-    )
+    columns: dict[str, Any] = {
+        "tensor": pa.array(fragments.boxes.tensor, pa.int32()),
+        "offsets": _lists(fragments.boxes.offsets[dims], num_dims, pa.int64()),
+        "lengths": _lists(fragments.boxes.lengths[dims], num_dims, pa.int64()),
+        "writer": pa.array(fragments.writer, pa.int32()),
+        "byte_offset": pa.array(fragments.offsets, pa.int64()),
+        "nbytes": pa.array(fragments.nbytes, pa.int64()),
+        "checksums": _lists(fragments.checksums, np.diff(fragments.block_starts), pa.uint32()),
+    }
+    if fragments.digests is not None:
+        digests = np.ascontiguousarray(fragments.digests)
+        columns["sha256"] = pa.FixedSizeBinaryArray.from_buffers(
+            _DIGEST, len(digests), [None, pa.py_buffer(digests.tobytes())]
+        )
+    table = pa.table(columns)
     # Delta encoding makes the regular columns of an even layout nearly free; checksums are noise and stored plain.
     encoding = {"tensor": "DELTA_BINARY_PACKED", "writer": "DELTA_BINARY_PACKED", "byte_offset": "DELTA_BINARY_PACKED"}
     encoding |= {"checksums.list.element": "PLAIN"}
@@ -357,6 +363,7 @@ def unpack_fragments(
     *,
     name: str,
     counts: Int64Array | None = None,
+    digests: bool = False,
 ) -> FragmentTable:
     """Fragments of the wanted tensors (ids; None: all), checked against the shapes of their tensors.
 
@@ -364,6 +371,7 @@ def unpack_fragments(
         counts: [T] fragments of each tensor, as `unpack_tensors` gives them. Rows are sorted by tensor, so these say which row
             groups hold a wanted one, and only they are read; without them all are. (Not the statistics of Parquet: pyarrow
             ends the process over some that are damaged.)
+        digests: also read the SHA-256 of each fragment, where they are stored.
     """
     keep = np.ones(len(specs), bool)
     if wanted is not None:
@@ -371,7 +379,8 @@ def unpack_fragments(
         keep[wanted] = True
     parquet = _open(file, _FRAGMENT_FIELDS, None if counts is None else int(counts.sum()), name)
     groups = list(range(parquet.num_row_groups)) if counts is None else _row_groups(parquet, keep, counts)
-    table = _read(parquet, groups, _FRAGMENT_FIELDS, name)
+    fields = _FRAGMENT_FIELDS | ({"sha256": _DIGEST} if digests and _has_digests(parquet) else {})
+    table = _read(parquet, groups, fields, name)
     tensor = table["tensor"].to_numpy().astype(np.int32)
     if len(tensor) and (tensor.min() < 0 or tensor.max() >= len(specs) or (np.diff(tensor) < 0).any()):
         raise DamagedError(f"`{name}` is damaged: its rows are not sorted by tensor or name tensors that are not there")
@@ -379,6 +388,20 @@ def unpack_fragments(
         raise DamagedError(f"`{name}` is damaged: a tensor has another number of fragments than `{TENSORS_FILE}` says")
     table = table.filter(pa.array(keep[tensor])).combine_chunks() if wanted is not None else table
     return _fragments(table, specs, block_bytes, name)
+
+
+def _has_digests(parquet: pq.ParquetFile) -> bool:
+    """Whether the optional column is there, once and of its type."""
+    schema = parquet.schema_arrow
+    found = schema.get_all_field_indices("sha256")
+    return len(found) == 1 and bool(schema.field(found[0]).type == _DIGEST)
+
+
+def _digests(column: pa.Array) -> NDArray[np.uint8]:
+    """[N, 32] out of a column without nulls."""
+    out = np.frombuffer(column.buffers()[1] or b"", np.uint8)
+    first = column.offset * DIGEST_BYTES
+    return out[first : first + len(column) * DIGEST_BYTES].reshape(-1, DIGEST_BYTES)
 
 
 def _row_groups(parquet: pq.ParquetFile, keep: NDArray[np.bool_], counts: Int64Array) -> list[int]:
@@ -423,6 +446,7 @@ def _fragments(table: pa.Table, specs: Sequence[TensorSpec], block_bytes: int, n
         nbytes=nbytes,
         checksums=checksums.flatten().to_numpy(zero_copy_only=False),
         block_starts=block_starts - (block_starts[0] if len(block_starts) else 0),
+        digests=_digests(column("sha256")) if "sha256" in table.column_names else None,
     )
 
 

@@ -15,7 +15,8 @@ from ckpt.errors import DamagedError, InvalidInputError, VersionError
 from ckpt.format.checksum import sha256
 
 FORMAT_VERSION = 1
-KNOWN_FEATURES: frozenset[str] = frozenset()
+REFERENCES = "references"  # a feature: fragments may lie in images of earlier attempts
+KNOWN_FEATURES: frozenset[str] = frozenset({REFERENCES})
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,6 +40,19 @@ class WriterRecord:
     header_bytes: int
     header_crc32c: int
     layout: str = ""  # digest of which parts of which parameters the rank held; "" when it held none
+
+
+@dataclass(frozen=True, kw_only=True, order=True)
+class ReferenceRecord:
+    """An image of another attempt that holds fragments of this checkpoint. Never one that itself only refers to them."""
+
+    step: int
+    attempt: str
+    file: str  # relative to that attempt's folder
+    nbytes: int
+    header_bytes: int
+    header_crc32c: int
+    used_bytes: int  # of the fragments of this checkpoint that lie there
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,6 +79,7 @@ class Manifest:
     rank_layouts: list[str] = field(
         default_factory=list
     )  # by rank of the job; empty: each writer's own (no reshard since)
+    references: list[ReferenceRecord] = field(default_factory=list)  # sorted; numbered on from the writers
 
     @property
     def layouts_by_rank(self) -> list[str]:
@@ -82,9 +97,13 @@ def pack(manifest: Manifest) -> bytes:
 
     InvalidInputError for metadata or metrics that are no JSON values.
     """
-    document: dict[str, Any] = {"format": "ckpt", "version": FORMAT_VERSION, "requires": []}
+    requires = [REFERENCES] if manifest.references else []
+    document: dict[str, Any] = {"format": "ckpt", "version": FORMAT_VERSION, "requires": requires}
     for key, value in vars(manifest).items():
         document[key] = value
+    document.pop(REFERENCES)  # a checkpoint that refers to nothing is written as before there were references
+    if manifest.references:
+        document[REFERENCES] = [vars(reference) for reference in manifest.references]
     for key in _INDEX_FILES:
         document[key] = vars(document[key])
     document["writers"] = [vars(writer) for writer in manifest.writers]
@@ -126,6 +145,8 @@ def unpack(data: bytes, *, name: str) -> Manifest:
             hints=("install a newer ckpt",),
         )
     _check_digest(data, document.get("digest"), name)
+    if (REFERENCES in requires) != (REFERENCES in document):
+        raise DamagedError(f"`{name}` is damaged: `requires` and the field `{REFERENCES}` disagree")
     return _manifest(document, name)
 
 
@@ -169,6 +190,7 @@ def _manifest(document: dict[str, Any], name: str) -> Manifest:
         metrics=numbers,
         structure_changed=checked.get("structure_changed", bool),
         rank_layouts=layouts,
+        references=_references(document.get(REFERENCES, []), name),
     )
 
 
@@ -231,6 +253,29 @@ def _writer_record(checked: _Checked) -> WriterRecord:
         header_bytes=checked.count("header_bytes", 8, nbytes),
         header_crc32c=checked.count("header_crc32c", 0, 2**32 - 1),
         layout=checked.get("layout", str),
+    )
+
+
+def _references(found: Any, name: str) -> list[ReferenceRecord]:
+    if type(found) is not list:
+        raise DamagedError(f"`{name}` is damaged: field `{REFERENCES}` must be a list")
+    out = [_reference(_Checked(one, f"`{name}` is damaged: reference {i}: ")) for i, one in enumerate(found)]
+    places = [(one.step, one.attempt, one.file) for one in out]
+    if places != sorted(set(places)):
+        raise DamagedError(f"`{name}` is damaged: its references are not sorted, or one stands twice")
+    return out
+
+
+def _reference(checked: _Checked) -> ReferenceRecord:
+    nbytes = checked.count("nbytes")
+    return ReferenceRecord(
+        step=checked.count("step"),
+        attempt=checked.get("attempt", str),
+        file=checked.get("file", str),
+        nbytes=nbytes,
+        header_bytes=checked.count("header_bytes", 8, nbytes),
+        header_crc32c=checked.count("header_crc32c", 0, 2**32 - 1),
+        used_bytes=checked.count("used_bytes", 0, nbytes),
     )
 
 

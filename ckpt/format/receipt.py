@@ -17,6 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ckpt.errors import DamagedError
+from ckpt.format.manifest import ReferenceRecord
 from ckpt.format.spec import TensorSpec
 from ckpt.kernels import crc32c
 from ckpt.layout.box import BoxTable, Int64Array
@@ -32,6 +33,10 @@ class ImageTable:
     nbytes: Int64Array  # [N]
     header_bytes: int
     header_crc32c: int
+    references: tuple[ReferenceRecord, ...] = ()  # images of earlier attempts that hold some of the rows; sorted
+    holder: NDArray[np.int32] | None = (
+        None  # [N] which of `references` holds the row, -1: this image; None: this image holds all
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,6 +69,7 @@ class Receipt:
     checksums: NDArray[np.uint32]  # per block, fragment after fragment
     objects: list[ObjectRow]
     image: ImageTable | None  # None: the committer knows the table of this structure already
+    digests: NDArray[np.uint8] | None = None  # [N, 32] SHA-256 of each fragment; None: not taken
     extra: dict[str, Any] = field(default_factory=dict)  # JSON: what only some writers know (layout, user metadata)
 
 
@@ -74,6 +80,8 @@ def pack(receipt: Receipt) -> bytes:
         **{k: getattr(receipt, k) for k in _PLAIN},
         "objects": [vars(row) for row in receipt.objects],
     }
+    if receipt.digests is not None:
+        arrays["digests"] = np.ascontiguousarray(receipt.digests)
     if receipt.image is not None:
         image = receipt.image
         head["image"] = {"header_bytes": image.header_bytes, "header_crc32c": image.header_crc32c}
@@ -85,6 +93,9 @@ def pack(receipt: Receipt) -> bytes:
             "offsets": image.offsets.astype("<i8"),
             "nbytes": image.nbytes.astype("<i8"),
         }
+        if image.holder is not None:
+            head["references"] = [vars(reference) for reference in image.references]
+            arrays["holder"] = image.holder.astype("<i4")
     head["arrays"] = [[name, array.dtype.str, list(array.shape)] for name, array in arrays.items()]
     text = json.dumps(head, separators=(",", ":")).encode()
     body = struct.pack("<I", len(text)) + text + b"".join(array.tobytes() for array in arrays.values())
@@ -112,12 +123,21 @@ def unpack(data: bytes, *, name: str) -> Receipt:
         specs = [
             TensorSpec(name=n, role=r, dtype=d, shape=tuple(s), aliases=tuple(a)) for n, r, d, s, a in head["specs"]
         ]
-        image = ImageTable(specs=specs, rows=rows, offsets=arrays["offsets"], nbytes=arrays["nbytes"], **head["image"])
+        image = ImageTable(
+            specs=specs,
+            rows=rows,
+            offsets=arrays["offsets"],
+            nbytes=arrays["nbytes"],
+            references=tuple(ReferenceRecord(**one) for one in head.get("references", [])),
+            holder=arrays.get("holder"),
+            **head["image"],
+        )
     return Receipt(
         **{k: head[k] for k in _PLAIN},
         checksums=arrays["checksums"],
         objects=[ObjectRow(**row) for row in head["objects"]],
         image=image,
+        digests=arrays.get("digests"),
     )
 
 

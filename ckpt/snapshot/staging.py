@@ -119,6 +119,7 @@ class Staging:
         if not self._summed[chunk]:
             start = time.perf_counter()
             self._packer.checksum(chunk, self._image[low:high])
+            self._summed[chunk] = True
             self._timeline.add("checksum", start, time.perf_counter(), nbytes=high - low)
         return self._image[low:high]
 

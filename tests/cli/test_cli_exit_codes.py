@@ -54,6 +54,8 @@ def test_1_failed(program: Program, gpt: Path) -> None:
         ["plan", "{run}", "--preset", "fsdp", "--tp", "2"],
         ["reshard", "{run}", "{run}@5", "--dp", "1"],
         ["reshard", "{run}", "{run}-new", "--dp", "1", "--memory", "lots"],
+        ["copy", "{run}", "{run}@5"],
+        ["copy", "{run}", "{run}-new", "--memory", "lots"],
     ],
 )
 def test_2_usage(program: Program, gpt: Path, arguments: list[str]) -> None:
@@ -81,8 +83,8 @@ def test_11_no_such_checkpoint(program: Program, gpt: Path, command: str) -> Non
 
 def test_12_exists_already(program: Program, gpt: Path) -> None:
     before = sorted(gpt.rglob("*"))
-    outcome = program("reshard", gpt, gpt, "--dp", 2)
-    assert outcome.code == 12 and sorted(gpt.rglob("*")) == before
+    for arguments in (("reshard", gpt, gpt, "--dp", 2), ("copy", gpt, gpt)):
+        assert program(*arguments).code == 12 and sorted(gpt.rglob("*")) == before
 
 
 def test_13_damage_found(program: Program, gpt: Path) -> None:

@@ -120,11 +120,12 @@ def read_manifest(data: bytes) -> dict[str, Any]:
 
     manifest = json.loads(data.decode("ascii"), object_pairs_hook=once)
     check(manifest["format"] == "ckpt", "another format")
-    if manifest["version"] > 1 or manifest["requires"]:
+    if manifest["version"] > 1 or not set(manifest["requires"]) <= {"references"}:
         raise NewerFormatError(f"version {manifest['version']}, requires {manifest['requires']}")
     ending = b',\n "digest": "%s"\n}\n' % manifest["digest"].encode()
     check(data.endswith(ending), "the digest is not at the end of the manifest")
     check(sha256(data.removesuffix(ending) + b"\n}\n") == manifest["digest"], "the digest of the manifest is wrong")
+    check(("references" in manifest) == ("references" in manifest["requires"]), "references without notice")
     return manifest
 
 
@@ -204,7 +205,9 @@ def read(run: str | Path, step: int | None = None) -> Checkpoint:
     tensors = read_table(folder, manifest["tensors"], "tensors.parquet")
     fragments = read_table(folder, manifest["fragments"], "fragments.parquet")
     objects = read_table(folder, manifest["objects"], "objects.parquet")
-    images = read_images(folder, manifest)
+    references = manifest.get("references", [])
+    images = read_images(folder, manifest) + read_references(run, references)
+    manifest["images"] = [*manifest["writers"], *references]
     check(len(tensors) == manifest["num_tensors"] and len(fragments) == manifest["num_fragments"], "rows are missing")
     check(sum(row["nbytes"] for row in tensors) == manifest["tensor_bytes"], "the bytes of all tensors differ")
     entries: list[dict[str, tuple[str, list[int], int, int]]] = [{} for _ in images]
@@ -219,6 +222,11 @@ def read(run: str | Path, step: int | None = None) -> Checkpoint:
     check(keys == sorted(set(keys)), "objects are not sorted")
     for number, writer in enumerate(manifest["writers"]):
         check_header(folder / writer["file"], images[number], writer, entries[number])
+    for number, reference in enumerate(references, len(manifest["writers"])):
+        path = run / f"step-{reference['step']:012d}" / reference["attempt"] / reference["file"]
+        check_header(path, images[number], reference, entries[number], whole=False)
+        used = sum(nbytes for _, _, _, nbytes in entries[number].values())
+        check(used == reference["used_bytes"], "other bytes of an image are used than the manifest says")
     return out
 
 
@@ -230,6 +238,18 @@ def read_images(folder: Path, manifest: dict[str, Any]) -> list[bytes]:
         data = (folder / writer["file"]).read_bytes()
         check(len(data) == writer["nbytes"], "an image has another size")
         out.append(data)
+    return out
+
+
+def read_references(run: Path, references: list[dict[str, Any]]) -> list[bytes]:
+    places = [(one["step"], one["attempt"], one["file"]) for one in references]
+    check(places == sorted(set(places)), "references are not sorted")
+    out = []
+    for step, attempt, file in places:
+        check(re.fullmatch(r"[0-9a-z-]{8,64}", attempt) is not None, "not an attempt")
+        check(re.fullmatch(r"\d{5,9}-of-\d{5,9}\.safetensors", file) is not None, "not an image")
+        out.append((run / f"step-{step:012d}" / attempt / file).read_bytes())
+    check([len(data) for data in out] == [one["nbytes"] for one in references], "an image has another size")
     return out
 
 
@@ -258,11 +278,15 @@ def read_tensors(
         place = (row["tensor"], int(np.ravel_multi_index(offsets, shape)) if shape else 0)
         check(place > last, "fragments are not sorted")
         last = place
-        writer = manifest["writers"][row["writer"]]
+        writer = manifest["images"][row["writer"]]
         stop = row["byte_offset"] + row["nbytes"]
         check(writer["header_bytes"] <= row["byte_offset"] and stop <= writer["nbytes"], "a fragment outside its image")
         data = images[row["writer"]][row["byte_offset"] : stop]
         check(blocks(data, manifest["block_bytes"]) == row["checksums"], f"{tensor['name']} is damaged")
+        check(
+            "sha256" not in row or hashlib.sha256(data).digest() == row["sha256"],
+            f"{tensor['name']} has another digest",
+        )
         box = tuple(slice(o, o + n) for o, n in zip(offsets, lengths, strict=True))
         whole[row["tensor"]][box] = np.frombuffer(data, np.uint8).reshape(*lengths, itemsize)
         seen[row["tensor"]][box] += 1
@@ -281,15 +305,23 @@ def read_tensors(
 
 
 def check_header(
-    path: Path, data: bytes, writer: dict[str, Any], expected: dict[str, tuple[str, list[int], int, int]]
+    path: Path,
+    data: bytes,
+    writer: dict[str, Any],
+    expected: dict[str, tuple[str, list[int], int, int]],
+    *,
+    whole: bool = True,
 ) -> None:
-    """The image as `safetensors` sees it, against the index."""
+    """The image as `safetensors` sees it, against the index. One that is referred to also holds what is not."""
     size = 8 + struct.unpack("<Q", data[:8])[0]
     check(size == writer["header_bytes"] and size % 4096 == 0, "the length of a header")
     check(crc32c(data[:size]) == writer["header_crc32c"], "a header is damaged")
     with safe_open(path, framework="numpy") as image:
         check(image.metadata() == {"format": "ckpt", "version": "1"}, "metadata of an image")
-        check(set(image.keys()) == set(expected), "an image has other entries than the index")
+        listed = set(image.keys())
+        check(
+            listed == set(expected) if whole else listed >= set(expected), "an image has other entries than the index"
+        )
         for key, (code, shape, _, _) in expected.items():
             part = image.get_slice(key)
             check((part.get_dtype(), list(part.get_shape())) == (code, shape), f"{key} has another dtype or shape")
@@ -299,6 +331,7 @@ def check_header(
     position = size
     for key in order:
         start, stop = header[key]["data_offsets"]
-        check((start + size, stop - start) == expected[key][2:] and start + size == position, f"{key} lies elsewhere")
+        check((start + size, stop - start) == expected[key][2:], f"{key} lies elsewhere")
+        check(start + size == position or not whole, f"there is a hole before {key}")
         position = stop + size
-    check(position == len(data), "bytes are left over")
+    check(position == len(data) or not whole, "bytes are left over")

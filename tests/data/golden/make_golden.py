@@ -1,4 +1,4 @@
-"""Write the golden checkpoints of the current format version: `python -m tests.data.golden.make_golden FOLDER`.
+"""Write golden checkpoints of the current format version: `python -m tests.data.golden.make_golden FOLDER [NAME ...]`.
 
 Goal: files that every later version must read. Method: FOLDER (`tests/data/golden/v1`) gets one run per kind of checkpoint and,
 beside it, what must be read from it: `expected.npz` with the bytes of each tensor and `expected.json` with everything else,
@@ -9,6 +9,8 @@ alone      one rank: every dtype as matrix, 0-d, without elements and of one ele
            with every tag of docs/reference/objects.md; metrics that are no numbers; metadata
 two-ranks  two writers: uneven and two-dim boxes, a flat range that starts in the middle of a row, a rank that holds nothing of a
            tensor, a tied weight, a buffer, one random stream per rank, optimizer state
+references two writers, three steps, of which the first is forgotten and its manifest gone: the newest has fragments in images of
+           both others, digests in its index, and one image without any fragment
 """
 
 from __future__ import annotations
@@ -25,6 +27,8 @@ import numpy as np
 import torch
 
 import ckpt
+from ckpt.commit.gc import collect_garbage
+from ckpt.commit.retention import forget
 from ckpt.config import Options
 from ckpt.engine.save import Request, SaveSession
 from ckpt.format.objects import TensorRef
@@ -247,11 +251,52 @@ def make_two_ranks(folder: Path) -> None:
     )
 
 
-def main(folder: Path) -> None:
-    for name, make in {"alone": make_alone, "two-ranks": make_two_ranks}.items():
+def make_references(folder: Path) -> None:
+    full, top, low = slice(None), slice(0, 2), slice(2, 4)
+    frozen, bits = tensor("float32", (4, 3), 1), tensor("bool", (5,), 6)
+    for step in (1, 2, 3):
+        late, own = tensor("bfloat16", (4, 2), min(step, 2)), tensor("float64", (3,), 10 + step)
+        states = [
+            {
+                "t": {
+                    "frozen": held(frozen, [(top, full)]),
+                    "late": held(late, [(top, full)]),
+                    "own": held(own, [(full,)]),
+                }
+            },
+            {
+                "t": {
+                    "frozen": held(frozen, [(low, full)]),
+                    "late": held(late, [(low, full)]),
+                    "bits": held(bits, [(full,)]),
+                }
+            },
+        ]
+        save_as_ranks(folder, [{**one, "step": step} for one in states], Request(step=step, incremental=True))
+    forget(PosixStore(folder, options=Options()), [1])
+    collect_garbage(PosixStore(folder, options=Options()), options=Options())
+    leave_expected(
+        folder,
+        {"t/frozen": frozen, "t/late": late, "t/own": own, "t/bits": bits},
+        {("step", rank): 3 for rank in range(2)},
+        step=3,
+        metrics=describe({}),
+        metadata={},
+        aliases={},
+        num_writers=2,
+    )
+
+
+MAKERS = {"alone": make_alone, "two-ranks": make_two_ranks, "references": make_references}
+
+
+def main(folder: Path, wanted: list[str]) -> None:
+    for name, make in MAKERS.items():
+        if wanted and name not in wanted:
+            continue
         (folder / name).mkdir(parents=True)  # never into what is there
         make(folder / name)
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    main(Path(sys.argv[1]), sys.argv[2:])
