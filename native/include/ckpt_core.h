@@ -10,15 +10,19 @@
 
 #include <stdint.h>
 
+/* Enums hold any int: in C++ a value that is not named must not be undefined behaviour, but be refused. */
 #ifdef __cplusplus
+#define CKPT_ENUM_BASE : int
 extern "C" {
+#else
+#define CKPT_ENUM_BASE
 #endif
 
 #define CKPT_CORE_VERSION 1
 #define CKPT_DIMS_MAX 64    /* dims of one box */
 #define CKPT_THREADS_MAX 64 /* a call uses no more, whatever it is asked for */
 
-typedef enum ckpt_status {
+typedef enum ckpt_status CKPT_ENUM_BASE {
   CKPT_OK = 0,
   CKPT_BAD_ARGUMENT = 1,         /* a negative length or stride, an item size below 1, too many dims, a null pointer */
   CKPT_SOURCE_OUT_OF_BOUNDS = 2, /* the box would read a byte at or after its source limit */
@@ -49,7 +53,7 @@ typedef struct ckpt_boxes {
  * all targets, and the targets of two rows from each other; this is the one condition that is not checked. */
 ckpt_status ckpt_copy_boxes(const ckpt_boxes *boxes, int32_t num_threads, int64_t *bad_row);
 
-typedef enum ckpt_kernel {
+typedef enum ckpt_kernel CKPT_ENUM_BASE {
   CKPT_KERNEL_AUTO = 0, /* the fastest that this processor has */
   CKPT_KERNEL_TABLE = 1,
   CKPT_KERNEL_SSE42 = 2,
