@@ -74,7 +74,11 @@ class DictStore:
 def saved(folder: Path, state: dict[str, Any], step: int = 1) -> Files:
     """The files of a checkpoint of `state`, by key."""
     ckpt.save(state, folder, step=step, metrics={"loss": 2.5}, metadata={"note": "x"})
-    return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
+    return {
+        str(path.relative_to(folder)): path.read_bytes()
+        for path in sorted(folder.rglob("step-*/**/*"))
+        if path.is_file()
+    }
 
 
 def everything(files: Files, step: int = 1) -> dict[str, Any]:
