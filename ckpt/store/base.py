@@ -35,6 +35,9 @@ class Writer(Protocol):
     def write(self, data: memoryview) -> None:
         """Append `data`. It may be reused by the caller as soon as this returns."""
 
+    # A writer may also have `write_lasting(data)`: as `write`, of data that stay as they are until `commit` or `abort` returns,
+    # so that they can be sent without a copy.
+
     def commit(self) -> None:
         """Make the object durable under its key. Errors of earlier writes surface here at the latest."""
 

@@ -191,7 +191,7 @@ class S3Store:
         nbytes = arguments["Body"].getbuffer().nbytes if isinstance(arguments.get("Body"), io.BytesIO) else 0
         return self._run(key, verb, lambda: self._call(method, Key=self._full(key), **arguments), nbytes=nbytes)
 
-    def send_part(self, key: str, upload_id: str, number: int, part: io.BytesIO) -> Future[str]:
+    def send_part(self, key: str, upload_id: str, number: int, part: io.BytesIO | io.BufferedReader) -> Future[str]:
         """Start to upload a part; waits for a free slot, which is free again when the part is done."""
         if not self._slots.acquire(timeout=self.timeout_s):
             text = f"cannot write `{key}` in {self._url}: no upload finished for {self.timeout_s:.0f} s"
