@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from typing import Any
 
 import numpy as np
@@ -10,6 +11,7 @@ import torch.distributed as dist
 from torch import nn
 
 import ckpt
+from ckpt import failpoints
 from ckpt.config import Options
 from ckpt.engine.reader import StoredCheckpoint
 from ckpt.engine.verify import verify
@@ -58,3 +60,13 @@ def _held(root: str, step: int) -> list[int]:
     held = np.bincount(table.writer, weights=table.nbytes, minlength=len(stored.images)).astype(int)
     store.close()
     return held[: dist.get_world_size()].tolist()
+
+
+def die_in_an_incremental_save(root: str, failpoint: str) -> None:
+    """Save step 1; die in step 2, which refers to it."""
+    frozen, trained = torch.arange(5000.0), torch.zeros(100)
+    ckpt.save({"frozen": frozen, "trained": trained}, root, step=1, options=OPTIONS, incremental=True)
+    trained += 1
+    failpoints.reset()
+    os.environ["CKPT_FAILPOINT"] = failpoint
+    ckpt.save({"frozen": frozen, "trained": trained}, root, step=2, options=OPTIONS, incremental=True)
