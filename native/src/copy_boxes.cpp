@@ -6,6 +6,7 @@
 #include <cstddef>
 #include <cstring>
 
+#include "box_rows.h"
 #include "ckpt_core.h"
 #include "workers.h"
 
@@ -16,22 +17,6 @@ constexpr uint64_t kPieceBytesMin = 256 * 1024;  // what a thread claims at a ti
 constexpr uint64_t kThreadBytesMin = 1024 * 1024;  // a thread costs about 30 us to start, as long as copying this much
 constexpr uint64_t kRowBytes = 256;  // a row costs at least as much as copying this much
 constexpr int64_t kTile = 64;  // elements; 64 x 64 of 8 bytes on both sides fit into a second-level cache
-
-struct Dim {
-  int64_t length;
-  int64_t source_stride;
-  int64_t target_stride;
-};
-
-// A box brought to its simplest form: `run` contiguous bytes at each position of `dims`, outermost first.
-struct Row {
-  const std::byte* source;
-  std::byte* target;
-  int64_t run;     // bytes; 0: nothing to copy
-  int64_t nbytes;  // of the whole box
-  int num_dims;
-  Dim dims[CKPT_DIMS_MAX];
-};
 
 // Bytes from the first to past the last byte of a box on one side; false when that does not fit into 64 bits.
 bool extent_of(const Dim* dims, int num_dims, int64_t itemsize, int64_t Dim::*stride, int64_t* extent) {
@@ -48,7 +33,8 @@ bool fits(uint64_t start, int64_t extent, uint64_t limit) {
   return start <= limit && static_cast<uint64_t>(extent) <= limit - start;
 }
 
-// Read row `r`: dims of length 1 dropped, the rest sorted by target stride, widest first. A box with a zero length has run 0.
+}  // namespace
+
 ckpt_status read_row(const ckpt_boxes& boxes, int64_t r, Row* row) {
   const int64_t num_dims = boxes.num_dims;
   const int64_t itemsize = boxes.itemsize[r];
@@ -71,13 +57,12 @@ ckpt_status read_row(const ckpt_boxes& boxes, int64_t r, Row* row) {
   return CKPT_OK;
 }
 
-// Bounds on both sides, and that no two elements of the target share a byte.
-ckpt_status check_row(const ckpt_boxes& boxes, int64_t r, Row* row) {
+ckpt_status check_row(const ckpt_boxes& boxes, int64_t r, uint64_t source, uint64_t source_limit, Row* row) {
   row->nbytes = 0;
   if (row->run == 0) return CKPT_OK;
   int64_t extent;
   if (!extent_of(row->dims, row->num_dims, row->run, &Dim::source_stride, &extent)) return CKPT_SOURCE_OUT_OF_BOUNDS;
-  if (!fits(boxes.source[r], extent, boxes.source_limit[r])) return CKPT_SOURCE_OUT_OF_BOUNDS;
+  if (!fits(source, extent, source_limit)) return CKPT_SOURCE_OUT_OF_BOUNDS;
   if (!extent_of(row->dims, row->num_dims, row->run, &Dim::target_stride, &extent)) return CKPT_TARGET_OUT_OF_BOUNDS;
   if (!fits(boxes.target[r], extent, boxes.target_limit[r])) return CKPT_TARGET_OUT_OF_BOUNDS;
   int64_t inner = row->run;  // extent of the dims inside d; they nest, so the volume is at most the extent and fits as well
@@ -90,7 +75,6 @@ ckpt_status check_row(const ckpt_boxes& boxes, int64_t r, Row* row) {
   return CKPT_OK;
 }
 
-// Merge dims that follow each other without a gap on both sides, and let contiguous innermost elements become one run.
 void simplify(Row* row) {
   int kept = 0;
   for (int d = 0; d < row->num_dims; ++d) {
@@ -108,6 +92,8 @@ void simplify(Row* row) {
     row->run *= row->dims[--kept].length;
   row->num_dims = kept;
 }
+
+namespace {
 
 // Put the dim that is nearest in the source beside the innermost one, where tiles make both sides cache friendly.
 void pair_transposed_dims(Row* row) {
@@ -161,6 +147,8 @@ PlaneCopy plane_copy_for(int64_t run) {
   }
 }
 
+}  // namespace
+
 void copy_row(Row* row) {
   if (row->num_dims == 0) {
     std::memcpy(row->target, row->source, static_cast<size_t>(row->run));
@@ -189,6 +177,12 @@ void copy_row(Row* row) {
     }
     if (d < 0) return;
   }
+}
+
+namespace {
+
+ckpt_status check_row(const ckpt_boxes& boxes, int64_t r, Row* row) {
+  return check_row(boxes, r, boxes.source[r], boxes.source_limit[r], row);
 }
 
 int64_t scale(int64_t length, uint64_t part, uint64_t whole) {
