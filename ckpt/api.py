@@ -12,7 +12,7 @@ import logging
 import os
 import threading
 import weakref
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -225,6 +225,7 @@ def load(
     step: int | None = None,
     strict: bool = True,
     rename: Rename = None,
+    include: Sequence[str] | None = None,
     layout: Layout | None = None,
     process_group: dist.ProcessGroup | None = None,
     options: Options | None = None,
@@ -236,6 +237,13 @@ def load(
     Every rank of `process_group` calls, with the state of the layout that it trains on. Only the top-level names that
     `state` has are loaded: `{"model": model}` reads no optimizer state.
 
+    Args:
+        strict: refuse names that are missing or extra.
+        rename: stored name -> name in `state`; names that it does not give stay.
+        include: fill only tensors and objects whose name in `state` matches one of these patterns, such as
+            `"model/layers.0.**"`; all others stay as they are and are not read. `*` stands for one part of a name, `**` for
+            any, as in layout files. Objects (`"scheduler"`) go by their own name.
+
     Raises:
         NotFoundError: no run at `url`, or no such complete checkpoint in it.
         MismatchError: names, shapes or dtypes differ; lists all differences, before anything changed.
@@ -244,7 +252,9 @@ def load(
     run = _run_of(url, process_group, options, storage_options)
     run.check()
     stored = _open_together(run, step)
-    return load_state(stored, state, run.world, layout=layout, strict=strict, rename=rename, progress=progress)
+    return load_state(
+        stored, state, run.world, layout=layout, strict=strict, rename=rename, include=include, progress=progress
+    )
 
 
 def open(  # noqa: A001 - `ckpt.open` reads like what it does

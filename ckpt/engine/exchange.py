@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ckpt.config import MIB
-from ckpt.engine.passing import Passing
+from ckpt.engine.passing import Passing, host_id
 from ckpt.engine.read import Progress, run_reads
 from ckpt.engine.reader import StoredCheckpoint
 from ckpt.engine.world import World, raise_together
@@ -38,6 +38,8 @@ from ckpt.plan.exchange import (
 from ckpt.plan.read import ReadPlan
 
 AMPLIFICATION_MAX = 1.02  # bytes read by all ranks over bytes wanted by any, above which ranks share their reads
+# The same for files of one host, where reading twice costs less than passing on: docs/explanation/performance.md.
+AMPLIFICATION_MAX_LOCAL = 3.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,7 +55,7 @@ def read_together(
     stored: StoredCheckpoint, pieces: PieceTable, world: World, *, progress: Progress | None = None
 ) -> ReadBytes:
     """Fill `pieces`. Ranks share their reads when `options.exchange` says so, or when it is "auto" and reading alone would
-    fetch more than 1.02 times the bytes that any rank wants."""
+    fetch more than 1.02 times the bytes that any rank wants (3 times, where the files and all ranks are on one host)."""
     fragments, plan, error = None, None, None
     try:
         fragments = stored.fragments(np.unique(pieces.boxes.tensor))
@@ -84,7 +86,8 @@ def _decide(
     per_tensor = np.zeros(len(specs) if asked else 0, np.int64)
     if asked and plan is not None:
         np.add.at(per_tensor, pieces.boxes.tensor, nbytes_of(pieces.boxes, specs))
-    mine = np.append(-1 if plan is None else plan.read_nbytes, per_tensor).astype(np.int64)
+    place = host_id() if stored.store.local_files else (0, world.rank)
+    mine = np.array([-1 if plan is None else plan.read_nbytes, *place, *per_tensor], np.int64)
     answers = [a.copy().view(np.int64) for a in world.all_gather(mine.view(np.uint8))]
     if error is not None:
         raise error
@@ -96,8 +99,9 @@ def _decide(
     read = int(sum(answer[0] for answer in answers))
     # Of one tensor all ranks together want no more than it has, however many replicas there are.
     whole = np.array([spec.nbytes for spec in specs], np.int64)
-    wanted = int(np.minimum(sum(answer[1:] for answer in answers), whole).sum())
-    return read > AMPLIFICATION_MAX * wanted
+    wanted = int(np.minimum(sum(answer[3:] for answer in answers), whole).sum())
+    one_host = all((answer[1:3] == answers[0][1:3]).all() for answer in answers)
+    return read > (AMPLIFICATION_MAX_LOCAL if one_host else AMPLIFICATION_MAX) * wanted
 
 
 class _Exchange:

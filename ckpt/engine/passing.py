@@ -120,7 +120,7 @@ class Passing:
 
     def _open_peers(self, memory: NDArray[np.uint8] | None) -> list[NDArray[np.uint8] | None]:
         world = self._world
-        place = np.array([os.getpid(), self._fd, self._span, *_host()], np.int64).view(np.uint8)
+        place = np.array([os.getpid(), self._fd, self._span, *host_id()], np.int64).view(np.uint8)
         token = np.zeros(_TOKEN_BYTES, np.uint8) if memory is None else memory[:_TOKEN_BYTES].copy()
         answers = world.all_gather(np.concatenate([place, token]))
         own = answers[world.rank]
@@ -153,7 +153,7 @@ class Passing:
         return None
 
 
-def _host() -> tuple[int, int]:
+def host_id() -> tuple[int, int]:
     """What two processes share that see each other's /proc: the boot of the machine and the namespace of process ids."""
     try:
         with open("/proc/sys/kernel/random/boot_id", encoding="ascii") as file:
