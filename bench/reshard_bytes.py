@@ -121,7 +121,7 @@ class _Job:
 
     def load(self, url: Path, expected: Mapping[str, Any]) -> dict[str, float]:
         """Load step 0 of `url` and count. Members call."""
-        chosen = Options()
+        chosen = Options(exchange="always")  # as on several hosts: on one, "auto" may read twice
         store = CountingStore(open_store(url, options=chosen))
         stored = StoredCheckpoint(store, 0, chosen)
         state = self.state(fill=False)

@@ -155,6 +155,7 @@ def load(
     step: int | None = None,
     strict: bool = True,
     rename: Rename = None,
+    include: Sequence[str] | None = None,
     layout: Layout | None = None,
     process_group: dist.ProcessGroup | None = None,
     options: Options | None = None,
@@ -166,6 +167,13 @@ def load(
     Every rank of `process_group` calls, with the state of the layout that it trains on. Only the top-level names that
     `state` has are loaded: `{"model": model}` reads no optimizer state.
 
+    Args:
+        strict: refuse names that are missing or extra.
+        rename: stored name -> name in `state`; names that it does not give stay.
+        include: fill only tensors and objects whose name in `state` matches one of these patterns, such as
+            `"model/layers.0.**"`; all others stay as they are and are not read. `*` stands for one part of a name, `**` for
+            any, as in layout files. Objects (`"scheduler"`) go by their own name.
+
     Raises:
         NotFoundError: no run at `url`, or no such complete checkpoint in it.
         MismatchError: names, shapes or dtypes differ; lists all differences, before anything changed.
@@ -173,7 +181,7 @@ def load(
     """
     run = _run_of(url, process_group, options, storage_options)
     run.check()
-    return run.load(state, step, layout, strict=strict, rename=rename, progress=progress)
+    return run.load(state, step, layout, strict=strict, rename=rename, include=include, progress=progress)
 
 
 def open(  # noqa: A001 - `ckpt.open` reads like what it does

@@ -140,6 +140,7 @@ class Run:
         *,
         strict: bool,
         rename: Rename,
+        include: Sequence[str] | None = None,
         progress: Progress | None = None,
     ) -> Loaded:
         """Fill `state` from checkpoint `step`, from the newest one when None. All ranks call."""
@@ -154,6 +155,7 @@ class Run:
                 layout=layout,
                 strict=strict,
                 rename=rename,
+                include=include,
                 progress=progress,
                 timeline=timeline,
             )

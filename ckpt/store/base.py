@@ -61,6 +61,17 @@ class Store(Protocol):
     def conditional_create(self) -> bool:
         """True when `create` is atomic: of many callers exactly one wins. Probed on first use where needed."""
 
+    @property
+    def local_files(self) -> bool:
+        """True when objects are files of this machine that `open_local` opens: they are then read without this class."""
+
+    def open_local(self, key: str, *, direct: bool = False) -> int | None:
+        """A descriptor of the object, open for positioned reads; the caller closes it. None where there is no such file.
+
+        Args:
+            direct: around the page cache (O_DIRECT); None where the file system refuses that.
+        """
+
     def read(self, key: str, start: int = 0, stop: int | None = None) -> bytes:
         """Bytes `start <= i < stop` (to the end when None). A shorter object is `DamagedError(kind="truncated")`."""
 

@@ -42,6 +42,8 @@ _PAUSE_S = 0.1  # between tries to create
 class S3Store:
     """A `Store` in S3. Any thread; a forked process makes its own connections."""
 
+    local_files = False
+
     def __init__(self, url: str, *, options: Options, storage_options: Mapping[str, Any] | None = None) -> None:
         self._url = url.rstrip("/")
         self._bucket, _, prefix = self._url.removeprefix("s3://").partition("/")
@@ -68,6 +70,9 @@ class S3Store:
             return self._conditional
 
     # ---- reading
+
+    def open_local(self, key: str, *, direct: bool = False) -> int | None:
+        return None
 
     def read(self, key: str, start: int = 0, stop: int | None = None) -> bytes:
         if stop is None and start:

@@ -37,6 +37,7 @@ class DictStore:
     files: Files
     url: str = "memory"
     conditional_create: bool = True
+    local_files: bool = False
     reads: list[int] = field(default_factory=list)
 
     def read(self, key: str, start: int = 0, stop: int | None = None) -> bytes:
