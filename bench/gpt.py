@@ -174,7 +174,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     print(f"{found['nbytes'] / 1e9:.3f} GB in {found['tensors']} tensors; memcpy {found['memcpy_gb_per_s']:.1f} GB/s")
     for task, row in found["ratios"].items():
         print(f"{task}: dcp takes {row['dcp']:.2f} times as long (target at least 1)")
-    options.keep(made, args.json)
+    options.keep(made, args.json, args.plot)
     return made
 
 

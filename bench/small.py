@@ -69,7 +69,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     print(show(found["results"], "ckpt"))
     for task, row in found["ratios"].items():
         print(f"{task}: {row['dcp']:.1f} times faster than dcp (target {TARGET:.0f})")
-    options.keep(made, args.json)
+    options.keep(made, args.json, args.plot)
     return made
 
 
