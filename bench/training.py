@@ -45,11 +45,12 @@ class Loops:
     tail_s: list[float] = field(default_factory=list)
     stall_s: list[float] = field(default_factory=list)  # one per save: of the slowest rank
     step_s: list[float] = field(default_factory=list)  # median of each loop
+    noise_s: list[float] = field(default_factory=list)  # per save: by how much the loops without saves differ
     load_average: list[float] = field(default_factory=list)
 
     def summary(self) -> dict[str, Any]:
         lists = {"loop": self.seconds, "overhead": self.overhead_s, "cpu": self.cpu_s, "cpu_extra": self.cpu_extra_s}
-        lists |= {"tail": self.tail_s, "stall": self.stall_s, "step": self.step_s}
+        lists |= {"tail": self.tail_s, "stall": self.stall_s, "step": self.step_s, "noise": self.noise_s}
         out: dict[str, Any] = {f"{name}_median_s": round(statistics.median(x), 4) for name, x in lists.items() if x}
         for name in ("overhead", "stall"):
             if lists[name]:
@@ -121,7 +122,9 @@ def _add(table: dict[str, Loops], found: dict[str, dict[str, Any]], saves: int) 
         for key in ("seconds", "cpu_s", "tail_s", "step_s", "load_average"):
             getattr(loops, key).append(loop[key])
         loops.stall_s += loop["stall_s"]
-        if name != "nothing":
+        if name == "nothing":
+            loops.noise_s.append(abs(plain[0]["seconds"] - plain[1]["seconds"]) / saves)
+        else:
             loops.overhead_s.append((loop["seconds"] - seconds) / saves)
             loops.cpu_extra_s.append((loop["cpu_s"] - cpu_s) / saves)
 
@@ -148,7 +151,10 @@ def show(title: str, found: dict[str, Any]) -> str:
     for figure, targets in TARGETS[title.split(",")[0]].items():
         for peer, target in targets.items():
             ratio = found["ratios"].get(figure, {}).get(peer)
-            lines.append(f"{figure}: {peer} takes {ratio or float('nan'):.1f} times as much (target {target:.0f})")
+            told = "ours is lost in the noise" if ratio is None else f"{peer} takes {ratio:.1f} times as much"
+            lines.append(f"{figure}: {told} (target {target:.0f})")
+    noise = found["results"]["nothing"]["noise_median_s"]
+    lines.append(f"noise: loops without saves differ by {noise:.3f} s per save")
     return "\n".join([*lines, show_limits(found["limits"])])
 
 
