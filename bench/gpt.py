@@ -20,7 +20,8 @@ from torch.distributed.tensor import Shard
 
 import ckpt
 from bench import options
-from bench.floors import Direct, drop_cache, memcpy_rate, warm_cache
+from bench.floors import Direct, drop_cache, warm_cache
+from bench.limits import limits, show_limits
 from bench.measure import Measured, measure, remove, size_of
 from bench.ranks import Rank, run_ranks
 from bench.series import Table, add, ratios, show, summarize
@@ -99,13 +100,13 @@ def body(rank: Rank, size: dict[str, int], repeats: int) -> dict[str, Any]:
     for writer in asynchronous:
         if isinstance(writer, DcpAsync):
             writer.close()
-    rate = rank.slowest(memcpy_rate()) / 1e9
+    bounds = limits(rank, state)
     return {
         "results": summarize(table),
         "stored": sizes,
         "nbytes": nbytes(shapes),
         "tensors": len(shapes),
-        "memcpy_gb_per_s": round(rate, 2),
+        "limits": bounds,
     }
 
 
@@ -171,7 +172,8 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         found["ratios"] = ratios(found["results"], "ckpt")
         made = options.report("gpt", folder, {**size, "ranks": 2, "repeats": repeats, "cold": "fadvise"}, found)
     print(show(found["results"], "ckpt"))
-    print(f"{found['nbytes'] / 1e9:.3f} GB in {found['tensors']} tensors; memcpy {found['memcpy_gb_per_s']:.1f} GB/s")
+    print(f"{found['nbytes'] / 1e9:.3f} GB in {found['tensors']} tensors")
+    print(show_limits(found["limits"]))
     for task, row in found["ratios"].items():
         print(f"{task}: dcp takes {row['dcp']:.2f} times as long (target at least 1)")
     options.keep(made, args.json, args.plot)
