@@ -186,7 +186,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         found["ratios"] = {"worst read / wanted": max(ratios), "worst read / state, shared": max(shared, default=0.0)}
         made = options.report("reshard_bytes", folder, {**size, "ranks": RANKS}, found)
     _show(found)
-    options.keep(made, args.json)
+    options.keep(made, args.json, args.plot)
     return made
 
 
