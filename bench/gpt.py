@@ -8,9 +8,7 @@ in turn in one run, and as floors safetensors with a sync and direct I/O. What c
 from __future__ import annotations
 
 import argparse
-import time
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,13 +18,16 @@ from torch.distributed.tensor import Shard
 
 import ckpt
 from bench import options
-from bench.floors import Direct, drop_cache, memcpy_rate, warm_cache
+from bench.background import save_in_background, stall_ratio
+from bench.floors import Direct, drop_cache, warm_cache
+from bench.limits import limits, show_limits
 from bench.measure import Measured, measure, remove, size_of
 from bench.ranks import Rank, run_ranks
 from bench.series import Table, add, ratios, show, summarize
-from bench.systems import Dcp, DcpAsync, Ours, OursNewRun, Phases, Safetensors
+from bench.systems import Dcp, DcpAsync, Ours, OursFenced, OursNewRun, Phases, Safetensors
 from bench.workloads import State, check_equal, gpt_shapes, nbytes, plain, scramble, sharded, tp_placement
 
+STALL_TARGET = 10.0  # dcp.async_save's best variant over ours
 COPIES = 6  # of the state, on disk or in memory at one time, with some room
 
 
@@ -82,7 +83,7 @@ def body(rank: Rank, size: dict[str, int], repeats: int) -> dict[str, Any]:
     loads = _Loads(rank, shapes, state)
     table: Table = {}
     sizes: dict[str, dict[str, int]] = {}
-    asynchronous = [Ours(), DcpAsync(keep=False), DcpAsync(keep=True)]
+    asynchronous = [OursFenced(), DcpAsync(keep=False), DcpAsync(keep=True)]
     direct = Direct()
     for step in range(repeats + 1):
         for system in (Ours(), OursNewRun(), Dcp(), Safetensors(), direct):
@@ -95,17 +96,17 @@ def body(rank: Rank, size: dict[str, int], repeats: int) -> dict[str, Any]:
                 _load_own(rank, table, state, loads, system, folder, step)
             remove(rank, folder)
         for writer in asynchronous:
-            _save_in_background(rank, table, writer, state, step)
+            save_in_background(rank, table, writer, state, step)
     for writer in asynchronous:
         if isinstance(writer, DcpAsync):
             writer.close()
-    rate = rank.slowest(memcpy_rate()) / 1e9
+    bounds = limits(rank, state)
     return {
         "results": summarize(table),
         "stored": sizes,
         "nbytes": nbytes(shapes),
         "tensors": len(shapes),
-        "memcpy_gb_per_s": round(rate, 2),
+        "limits": bounds,
     }
 
 
@@ -133,25 +134,6 @@ def _load_own(rank: Rank, table: Table, state: State, loads: _Loads, system: Any
         add(table, f"load same layout, {cache}", system.name, measure(rank, lambda: system.load(state, folder, step)))
 
 
-def _save_in_background(rank: Rank, table: Table, writer: Any, state: State, step: int) -> None:
-    """Stall: until the call returns on all ranks. Durable: until all ranks know that it is, from the same start."""
-    folder = rank.folder / "async"
-    stalled = 0.0
-
-    def work() -> Phases:
-        nonlocal stalled
-        start = time.perf_counter()
-        wait = writer.async_save(state, folder, step + 10_000)  # steps of their own within ckpt's run
-        stalled = time.perf_counter() - start
-        return wait()
-
-    found = measure(rank, work)
-    add(table, "async save, durable", writer.name, found)
-    stall = replace(found, seconds=rank.slowest(stalled), cpu_s=0.0, answer=None)
-    add(table, "async save, stall", writer.name, stall)
-    remove(rank, folder)
-
-
 def main(arguments: list[str] | None = None) -> dict[str, Any]:
     """Measure and print."""
     parser = options.parser(__doc__ or "", repeats=5)
@@ -171,10 +153,12 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         found["ratios"] = ratios(found["results"], "ckpt")
         made = options.report("gpt", folder, {**size, "ranks": 2, "repeats": repeats, "cold": "fadvise"}, found)
     print(show(found["results"], "ckpt"))
-    print(f"{found['nbytes'] / 1e9:.3f} GB in {found['tensors']} tensors; memcpy {found['memcpy_gb_per_s']:.1f} GB/s")
+    print(f"{found['nbytes'] / 1e9:.3f} GB in {found['tensors']} tensors")
+    print(f"stall: dcp.async_save takes {stall_ratio(found['results']):.1f} times as long (target {STALL_TARGET:.0f})")
+    print(show_limits(found["limits"]))
     for task, row in found["ratios"].items():
         print(f"{task}: dcp takes {row['dcp']:.2f} times as long (target at least 1)")
-    options.keep(made, args.json)
+    options.keep(made, args.json, args.plot)
     return made
 
 

@@ -1,6 +1,6 @@
 """The options that all benchmarks share, and how a report is printed and kept.
 
-In: the command line. Out: arguments; a scratch folder that is gone afterwards; a JSON file.
+In: the command line. Out: arguments; a scratch folder that is gone afterwards; a JSON file and a picture.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from bench.machine import facts
+from bench.plot import draw
 
 SCRATCH = Path(__file__).parent / "out"
 RESULTS = Path(__file__).parent / "results"
@@ -26,6 +27,7 @@ def parser(description: str, *, repeats: int) -> argparse.ArgumentParser:
     out.add_argument("--repeats", type=int, default=repeats, help="runs of each system after a first one")
     out.add_argument("--tiny", action="store_true", help="sizes of a smoke test; the figures mean nothing")
     out.add_argument("--json", type=Path, help="also write the report to this file")
+    out.add_argument("--plot", type=Path, help="also draw the report as bar charts, to this PNG file")
     return out
 
 
@@ -50,8 +52,10 @@ def report(name: str, folder: Path, options: dict[str, Any], results: dict[str, 
     return {"benchmark": name, "machine": facts(folder), "options": options, **results}
 
 
-def keep(found: dict[str, Any], path: Path | None) -> None:
-    """Write a report as JSON."""
+def keep(found: dict[str, Any], path: Path | None, plot: Path | None = None) -> None:
+    """Write a report as JSON, and draw it."""
     if path is not None:
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+    if plot is not None:
+        draw(found, plot)

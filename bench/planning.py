@@ -183,7 +183,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         {"results": found, "dcp": dcp, "ratios": compared},
     )
     _show(found, dcp, compared)
-    options.keep(made, args.json)
+    options.keep(made, args.json, args.plot)
     return made
 
 

@@ -121,7 +121,7 @@ class _Job:
 
     def load(self, url: Path, expected: Mapping[str, Any]) -> dict[str, float]:
         """Load step 0 of `url` and count. Members call."""
-        chosen = Options()
+        chosen = Options(exchange="always")  # as on several hosts: on one, "auto" may read twice
         store = CountingStore(open_store(url, options=chosen))
         stored = StoredCheckpoint(store, 0, chosen)
         state = self.state(fill=False)
@@ -186,7 +186,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         found["ratios"] = {"worst read / wanted": max(ratios), "worst read / state, shared": max(shared, default=0.0)}
         made = options.report("reshard_bytes", folder, {**size, "ranks": RANKS}, found)
     _show(found)
-    options.keep(made, args.json)
+    options.keep(made, args.json, args.plot)
     return made
 
 

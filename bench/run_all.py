@@ -16,7 +16,7 @@ from pathlib import Path
 from bench import options
 from bench.machine import facts
 
-BENCHMARKS = ("planning", "reshard_bytes", "small", "gpt")
+BENCHMARKS = ("planning", "reshard_bytes", "small", "gpt", "training", "first", "host_memory", "s3")
 TIMEOUT_S = 2 * 3600.0
 
 
@@ -38,8 +38,14 @@ def _run(name: str, args: argparse.Namespace) -> object:
         report = Path(folder) / "report.json"
         command = [sys.executable, "-m", f"bench.{name}", "--dir", str(args.dir), "--json", str(report)]
         command += ["--repeats", str(args.repeats), *(["--tiny"] if args.tiny else [])]
+        if args.plot is not None:  # a picture for each benchmark
+            command += ["--plot", str(_picture(args.plot, name))]
         subprocess.run(command, check=True, timeout=TIMEOUT_S)
         return json.loads(report.read_text())
+
+
+def _picture(plot: Path, name: str) -> Path:
+    return plot.with_name(f"{plot.stem}-{name}{plot.suffix or '.png'}")
 
 
 if __name__ == "__main__":

@@ -7,6 +7,7 @@ call alike. What each call does is written as a user of that system would write 
 from __future__ import annotations
 
 import os
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Protocol
@@ -46,6 +47,29 @@ class Ours:
 
     def async_save(self, state: State, folder: Path, step: int) -> Callable[[], Phases]:
         pending = ckpt.async_save({"model": state}, folder / "run", step=step)
+        return lambda: pending.wait().seconds
+
+
+class OursFenced(Ours):
+    """ckpt as a training loop uses it: an optimizer holds the tensors, so that they are copied while training goes on.
+
+    A forward and a backward pass come after the call (here a pause), then a step of the optimizer, which waits at the fence.
+    """
+
+    pass_s = 0.1
+
+    def __init__(self) -> None:
+        self._optimizer: torch.optim.Optimizer | None = None
+        self.stall_s = 0.0  # of the last save: in the call, and at the fence
+
+    def async_save(self, state: State, folder: Path, step: int) -> Callable[[], Phases]:
+        if self._optimizer is None:
+            self._optimizer = torch.optim.SGD(state.values())  # there are no gradients: a step changes nothing
+            ckpt.attach(self._optimizer)
+        pending = ckpt.async_save({"model": state}, folder / "run", step=step)
+        time.sleep(self.pass_s)
+        self._optimizer.step()
+        self.stall_s = pending.stall_s
         return lambda: pending.wait().seconds
 
 

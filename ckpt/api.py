@@ -15,12 +15,11 @@ import threading
 from collections.abc import Mapping, Sequence
 from typing import Any, NoReturn
 
-import numpy as np
 import torch.distributed as dist
 
 from ckpt import config
 from ckpt.config import Options
-from ckpt.engine.load import Loaded, Rename, load_state
+from ckpt.engine.load import Loaded, Rename
 from ckpt.engine.pending import PendingSave
 from ckpt.engine.read import Progress
 from ckpt.engine.reader import StoredCheckpoint
@@ -31,6 +30,7 @@ from ckpt.errors import CheckpointError, InvalidInputError, NotFoundError, SaveF
 from ckpt.events import Sink, Timeline
 from ckpt.layout.document import to_document
 from ckpt.layout.layout import Layout
+from ckpt.observe import default_sinks
 from ckpt.snapshot import fence
 from ckpt.store.open import open_store
 
@@ -80,7 +80,8 @@ def _run_of(url: Url, group: dist.ProcessGroup | None, options: Options | None, 
         if found is not None:
             found[0].close()
         # The group is kept alive with the run, so that its id stays its own.
-        found = _runs[key] = (Run(url, group=group, options=options, storage_options=storage), group or default)
+        run = Run(url, group=group, options=options, storage_options=storage, sinks=default_sinks)
+        found = _runs[key] = (run, group or default)
     return found[0]
 
 
@@ -154,6 +155,7 @@ def load(
     step: int | None = None,
     strict: bool = True,
     rename: Rename = None,
+    include: Sequence[str] | None = None,
     layout: Layout | None = None,
     process_group: dist.ProcessGroup | None = None,
     options: Options | None = None,
@@ -165,6 +167,13 @@ def load(
     Every rank of `process_group` calls, with the state of the layout that it trains on. Only the top-level names that
     `state` has are loaded: `{"model": model}` reads no optimizer state.
 
+    Args:
+        strict: refuse names that are missing or extra.
+        rename: stored name -> name in `state`; names that it does not give stay.
+        include: fill only tensors and objects whose name in `state` matches one of these patterns, such as
+            `"model/layers.0.**"`; all others stay as they are and are not read. `*` stands for one part of a name, `**` for
+            any, as in layout files. Objects (`"scheduler"`) go by their own name.
+
     Raises:
         NotFoundError: no run at `url`, or no such complete checkpoint in it.
         MismatchError: names, shapes or dtypes differ; lists all differences, before anything changed.
@@ -172,8 +181,7 @@ def load(
     """
     run = _run_of(url, process_group, options, storage_options)
     run.check()
-    stored = _open_together(run, step)
-    return load_state(stored, state, run.world, layout=layout, strict=strict, rename=rename, progress=progress)
+    return run.load(state, step, layout, strict=strict, rename=rename, include=include, progress=progress)
 
 
 def open(  # noqa: A001 - `ckpt.open` reads like what it does
@@ -190,27 +198,6 @@ def open(  # noqa: A001 - `ckpt.open` reads like what it does
     chosen = config.from_environment(options)
     store = open_store(url, options=chosen, storage_options=storage_options)
     return Checkpoint(StoredCheckpoint(store, "latest" if step is None else step, chosen))
-
-
-def _open_together(run: Run, step: int | None) -> StoredCheckpoint:
-    """The same step on every rank, also while another job saves: rank 0 decides."""
-    stored: StoredCheckpoint | None = None
-    error: CheckpointError | None = None
-    try:
-        if run.world.rank == 0 or step is not None:
-            stored = StoredCheckpoint(run.store, "latest" if step is None else step, run.options)
-    except CheckpointError as problem:
-        error = problem
-    value = -1 if stored is None else stored.step
-    answers = run.world.all_gather(np.array([value], np.int64).view(np.uint8))
-    chosen = int(answers[0].copy().view(np.int64)[0])
-    if error is not None:
-        raise error
-    if stored is None:
-        if chosen < 0:
-            raise NotFoundError(f"rank 0 found no checkpoint to load in {run.store.url}")
-        stored = StoredCheckpoint(run.store, chosen, run.options)
-    return stored
 
 
 def _request(step: int, metrics: Any, metadata: Any, layout: Layout | None, incremental: bool) -> Request:
@@ -263,7 +250,15 @@ class Checkpointer:
         self._every, self._background, self._layout = every, background, layout
         self._incremental = incremental
         self._run = Run(
-            url, group=process_group, options=options, storage_options=storage_options, keep_last=keep_last, sinks=sinks
+            url,
+            group=process_group,
+            options=options,
+            storage_options=storage_options,
+            keep_last=keep_last,
+            sinks=lambda store, options, rank, world: [
+                *default_sinks(store, options, rank=rank, world=world),
+                *sinks,
+            ],
         )
         _end_orderly(self._run.options.terminate_grace_s)
 
@@ -279,8 +274,7 @@ class Checkpointer:
         run = self._run
         step: int | None = None
         try:
-            stored = _open_together(run, None)
-            step = load_state(stored, state, run.world, layout=self._layout, strict=strict, rename=rename).step
+            step = run.load(state, None, self._layout, strict=strict, rename=rename).step
         except NotFoundError:
             pass
         self.prepare(state)

@@ -45,7 +45,9 @@ class Options:
     write_bytes_per_s_max: int = 0  # a rank writes no faster in the long run; 0: no limit
     read_bytes_max: int = 16 * MIB  # one read
     read_gap_bytes_max: int = 16 * KIB  # two ranges nearer than this are read as one
+    local_read_bytes_max: int = 4 * MIB  # one read of a local disk
     read_threads: int = 4  # reads of one load in flight
+    read_buffer_bytes_max: int = 128 * MIB  # memory of one rank's load beside its target, for reads and exchange
     exchange: str = (
         "auto"  # whether ranks that load share their reads: auto (if it saves over 2 % of bytes), always, never
     )
@@ -58,7 +60,7 @@ class Options:
     read_timeout_s: float = 60.0  # one answer of an object store
     claim_ttl_s: float = 900.0  # stores without conditional writes: a claim older than this is dead
     gc_grace_s: float = 3600.0  # unpublished attempts younger than this are kept by gc
-    direct_io: bool = True  # write images around the page cache where the file system can
+    direct_io: bool = True  # read and write images around the page cache where the file system can
     events: bool = True  # log the phases of every save and load beside the run
 
     def __post_init__(self) -> None:

@@ -19,6 +19,7 @@ using Table = nb::ndarray<const int64_t, nb::ndim<2>, nb::c_contig, nb::device::
 using Bytes = nb::ndarray<const uint8_t, nb::ndim<1>, nb::c_contig, nb::device::cpu>;
 using Target = nb::ndarray<uint8_t, nb::ndim<1>, nb::c_contig, nb::device::cpu>;
 using Sums = nb::ndarray<uint32_t, nb::ndim<1>, nb::c_contig, nb::device::cpu>;
+using Outcomes = nb::ndarray<int32_t, nb::ndim<1>, nb::c_contig, nb::device::cpu>;
 using Outcome = std::pair<int, int64_t>;
 
 void require(bool condition, const char* message) {
@@ -95,6 +96,57 @@ std::tuple<int, bool, int> write_at(int fd, const Bytes& data, int64_t offset, i
   return {status, direct != 0, error};
 }
 
+// (status, box at fault, bytes read around the page cache, bytes read through it, whether direct reads were refused)
+std::tuple<int, int64_t, int64_t, int64_t, bool> read_chunks(
+    const Column<int32_t>& fd, const Column<int32_t>& direct_fd, const Column<int32_t>& file, const Column<int64_t>& start,
+    const Column<int64_t>& stop, const Column<int64_t>& block_starts, const Column<int64_t>& block_start,
+    const Column<int64_t>& block_stop, const Column<uint32_t>& block_crc, const Column<int64_t>& copy_starts,
+    const Column<uint64_t>& source, const Column<uint64_t>& target, const Column<uint64_t>& target_limit,
+    const Table& lengths, const Table& source_strides, const Table& target_strides, const Column<int64_t>& itemsize,
+    uint64_t buffer, int64_t buffer_bytes, int kernel, int mode, int32_t threads, bool stop_at_first,
+    const Outcomes& outcome, const Sums& found_crc) {
+  const size_t chunks = file.shape(0), blocks = block_start.shape(0), rows = source.shape(0), dims = lengths.shape(1);
+  require(direct_fd.shape(0) == fd.shape(0), "columns of files differ in length");
+  require(start.shape(0) == chunks && stop.shape(0) == chunks && outcome.shape(0) == chunks &&
+              block_starts.shape(0) == chunks + 1 && copy_starts.shape(0) == chunks + 1,
+          "columns of chunks differ in length");
+  require(block_stop.shape(0) == blocks && block_crc.shape(0) == blocks && found_crc.shape(0) == blocks &&
+              block_starts(chunks) == static_cast<int64_t>(blocks),
+          "columns of blocks differ in length");
+  require(target.shape(0) == rows && target_limit.shape(0) == rows && itemsize.shape(0) == rows &&
+              lengths.shape(0) == rows && source_strides.shape(0) == rows && target_strides.shape(0) == rows &&
+              source_strides.shape(1) == dims && target_strides.shape(1) == dims &&
+              copy_starts(chunks) == static_cast<int64_t>(rows),
+          "columns of boxes differ in length");
+  const ckpt_boxes copies{source.data(),         nullptr,               target.data(),   target_limit.data(),
+                          lengths.data(),        source_strides.data(), target_strides.data(), itemsize.data(),
+                          static_cast<int64_t>(rows), static_cast<int64_t>(dims)};
+  const ckpt_reads reads{fd.data(),
+                         direct_fd.data(),
+                         static_cast<int64_t>(fd.shape(0)),
+                         file.data(),
+                         start.data(),
+                         stop.data(),
+                         static_cast<int64_t>(chunks),
+                         block_starts.data(),
+                         block_start.data(),
+                         block_stop.data(),
+                         block_crc.data(),
+                         copy_starts.data(),
+                         copies,
+                         reinterpret_cast<void*>(static_cast<uintptr_t>(buffer)),
+                         buffer_bytes,
+                         static_cast<ckpt_kernel>(kernel),
+                         static_cast<ckpt_read_mode>(mode),
+                         threads,
+                         stop_at_first ? 1 : 0};
+  ckpt_read_results results{outcome.data(), found_crc.data(), 0, 0, 0};
+  int64_t bad_row = -1;
+  nb::gil_scoped_release released;
+  const ckpt_status status = ckpt_read_chunks(&reads, &results, &bad_row);
+  return {status, bad_row, results.direct_bytes, results.cached_bytes, results.direct_refused != 0};
+}
+
 bool kernel_available(int kernel) { return ckpt_kernel_available(static_cast<ckpt_kernel>(kernel)) != 0; }
 
 int kernel_auto() { return ckpt_kernel_auto(); }
@@ -106,6 +158,7 @@ NB_MODULE(_native, module) {
   module.attr("CORE_VERSION") = CKPT_CORE_VERSION;
   module.attr("DIMS_MAX") = CKPT_DIMS_MAX;
   module.attr("THREADS_MAX") = CKPT_THREADS_MAX;
+  module.attr("READ_ALIGN") = CKPT_READ_ALIGN;
   module.def("copy_boxes", &copy_boxes, "source"_a.noconvert(), "source_limit"_a.noconvert(), "target"_a.noconvert(),
              "target_limit"_a.noconvert(), "lengths"_a.noconvert(), "source_strides"_a.noconvert(),
              "target_strides"_a.noconvert(), "itemsize"_a.noconvert(), "threads"_a);
@@ -118,6 +171,13 @@ NB_MODULE(_native, module) {
              "itemsize"_a.noconvert(), "segment_starts"_a.noconvert(), "segment_stops"_a.noconvert(), "out"_a.noconvert(),
              "threads"_a);
   module.def("write_at", &write_at, "fd"_a, "data"_a.noconvert(), "offset"_a, "slice_bytes"_a, "in_flight"_a);
+  module.def("read_chunks", &read_chunks, "fd"_a.noconvert(), "direct_fd"_a.noconvert(), "file"_a.noconvert(),
+             "start"_a.noconvert(), "stop"_a.noconvert(), "block_starts"_a.noconvert(), "block_start"_a.noconvert(),
+             "block_stop"_a.noconvert(), "block_crc"_a.noconvert(), "copy_starts"_a.noconvert(), "source"_a.noconvert(),
+             "target"_a.noconvert(), "target_limit"_a.noconvert(), "lengths"_a.noconvert(),
+             "source_strides"_a.noconvert(), "target_strides"_a.noconvert(), "itemsize"_a.noconvert(), "buffer"_a,
+             "buffer_bytes"_a, "kernel"_a, "mode"_a, "threads"_a, "stop_at_first"_a, "outcome"_a.noconvert(),
+             "found_crc"_a.noconvert());
   module.def("kernel_available", &kernel_available, "kernel"_a);
   module.def("kernel_auto", &kernel_auto);
   module.def("build_info", [] {

@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import time
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future, wait
 
 import numpy as np
@@ -75,7 +75,8 @@ class Flusher:
                 data = staging.wait_for(chunk)
                 if len(pending) >= self._options.write_buffers:
                     pending.popleft().result()
-                pending.append(self._submit(writer, data))
+                # The image stays as it is until the attempt is over: a store that can send it without a copy may do so.
+                pending.append(self._submit(getattr(writer, "write_lasting", writer.write), data))
                 failpoints.hit("save.in-image")
 
     def _write_through_buffers(self, program: PackProgram, packer: Packer, writer: Writer) -> None:
@@ -92,14 +93,14 @@ class Flusher:
                 buffer = free[0][: high - low]
                 free.rotate(-1)  # writes end in the order in which they began
                 packer.pack(chunk, buffer)
-                pending.append(self._submit(writer, buffer))
+                pending.append(self._submit(writer.write, buffer))
                 failpoints.hit("save.in-image")
 
-    def _submit(self, writer: Writer, data: NDArray[np.uint8]) -> Future[None]:
+    def _submit(self, write: Callable[[memoryview], None], data: NDArray[np.uint8]) -> Future[None]:
         if self._stopped is not None:
             raise self._stopped
         time.sleep(self._rate.take(len(data), now_s=time.monotonic()))
-        return self._worker.submit(lambda: writer.write(data.data))
+        return self._worker.submit(lambda: write(data.data))
 
 
 @contextlib.contextmanager

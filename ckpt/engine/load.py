@@ -14,15 +14,18 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from ckpt.engine.exchange import read_together
 from ckpt.engine.read import Progress
 from ckpt.engine.reader import StoredCheckpoint, ids_of
 from ckpt.engine.structure import layout_digest
 from ckpt.engine.world import World, raise_together
-from ckpt.errors import CheckpointError, MismatchError, RankFailedError
+from ckpt.errors import CheckpointError, InvalidInputError, MismatchError, RankFailedError
+from ckpt.events import Timeline
 from ckpt.format.spec import LocalState, PieceTable, TensorSpec
 from ckpt.layout.layout import Layout
+from ckpt.layout.pattern import NamePattern, TensorName
 from ckpt.plan.read import subset_pieces
 from ckpt.state import LoadTarget, SavedWorld, StoredObjectRow, target
 from ckpt.state.memory import collector_paused
@@ -55,7 +58,39 @@ class _Match:
     same: list[int]  # stored ids of other names of target tensors: a tied weight that was saved untied
     missing: list[str]
     reshaped: list[str]
+    objects: list[str]  # to load
     missing_objects: list[str]
+    unwanted: NDArray[np.bool_]  # [T] stored tensors that `include` leaves out
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Chosen:
+    """What of a checkpoint a load is about: all of it, or the names that match a pattern."""
+
+    patterns: tuple[NamePattern, ...] | None
+
+    @staticmethod
+    def of(include: Sequence[str] | None, specs: Sequence[TensorSpec], stored: StoredCheckpoint) -> _Chosen:
+        if include is None:
+            return _Chosen(patterns=None)
+        if isinstance(include, str):
+            raise InvalidInputError(f"`include` is a list of patterns, found the string {include!r}")
+        chosen = _Chosen(patterns=tuple(NamePattern(text) for text in include))
+        if not chosen.specs(specs) and not any(chosen.has(row.name) for row in stored.objects):
+            raise MismatchError(
+                f"`include` matches nothing of step {stored.step}: {_listed([f'`{text}`' for text in include])}",
+                hints=("`ckpt tensors` lists what is stored; `*` stands for one part of a name, `**` for any",),
+            )
+        return chosen
+
+    def has(self, *names: str) -> bool:
+        if self.patterns is None:
+            return True
+        parsed = [(name, TensorName.parse(name)) for name in names]
+        return any(pattern.match(name, parts) is not None for name, parts in parsed for pattern in self.patterns)
+
+    def specs(self, specs: Sequence[TensorSpec]) -> Sequence[TensorSpec]:
+        return specs if self.patterns is None else [spec for spec in specs if self.has(spec.name, *spec.aliases)]
 
 
 def load_state(
@@ -66,13 +101,16 @@ def load_state(
     layout: Layout | None = None,
     strict: bool = True,
     rename: Rename = None,
+    include: Sequence[str] | None = None,
     progress: Progress | None = None,
+    timeline: Timeline | None = None,
 ) -> Loaded:
     """Fill `state` from `stored`. All ranks of `world` call.
 
     Args:
         strict: refuse names that are missing or extra; shapes and dtypes must match in any case.
         rename: stored name -> name in `state`; names that it does not give stay.
+        include: patterns of the names in `state` to fill (ckpt.layout.pattern); all others stay as they are, unread.
 
     Raises:
         MismatchError: with every difference, before anything changed.
@@ -80,35 +118,42 @@ def load_state(
         RankFailedError: another rank failed; this rank's state must be loaded again.
     """
     start = time.perf_counter()
+    timeline = timeline or Timeline()
     error: CheckpointError | None = None
     prepared: tuple[LoadTarget, _Match, list[TensorSpec]] | None = None
     try:
         with collector_paused():
             specs = _renamed(stored.specs, rename)
-            aim = target(state, specs, rank=world.rank, world=world.size, layout=layout)
-            prepared = (aim, _match(aim, specs, stored, strict=strict), specs)
+            chosen = _Chosen.of(include, specs, stored)
+            aim = target(state, chosen.specs(specs), rank=world.rank, world=world.size, layout=layout)
+            prepared = (aim, _match(aim, specs, stored, chosen), specs)
     except CheckpointError as problem:
         error = problem
+    walked = time.perf_counter()
+    timeline.add("walk", start, walked)
     extra, missing = _agree(world, prepared, state, error, strict=strict)
     assert prepared is not None
-    aim, match, specs = prepared
+    aim, match, _ = prepared
     saved = _saved_world(stored, aim.local, world)
-    planned = time.perf_counter()
     error = None
     try:
         pieces = _wanted_pieces(aim.local, match.ids)
-        objects = _object_rows(stored, set(aim.wants_objects) - set(match.missing_objects))
+        objects = _object_rows(stored, set(match.objects))
         aim.check(objects, saved)
     except CheckpointError as problem:
         error = problem
     raise_together(world, error, "before anything changed")
+    planned = time.perf_counter()
+    timeline.add("plan", walked, planned)
     done_bytes = read_together(stored, pieces, world, progress=progress)
+    done = time.perf_counter()
+    timeline.add("read", planned, done, nbytes=done_bytes.read, exchanged=done_bytes.exchanged)
     try:
         aim.restore(objects, saved)
     except CheckpointError as problem:
         error = problem
     raise_together(world, error, "the state is partly changed: load again")
-    done = time.perf_counter()
+    timeline.add("restore", done, time.perf_counter())
     return Loaded(
         step=stored.step,
         num_tensors=sum(i >= 0 for i in match.ids),
@@ -118,7 +163,7 @@ def load_state(
         index_nbytes=stored.index_nbytes,
         missing=tuple(missing),
         extra=tuple(extra),
-        seconds={"plan": planned - start, "read": done - planned, "total": done - start},
+        seconds=timeline.seconds() | {"total": time.perf_counter() - start},
     )
 
 
@@ -135,24 +180,41 @@ def _renamed(specs: Sequence[TensorSpec], rename: Rename) -> list[TensorSpec]:
     return out
 
 
-def _match(aim: LoadTarget, specs: Sequence[TensorSpec], stored: StoredCheckpoint, *, strict: bool) -> _Match:
+def _match(aim: LoadTarget, specs: Sequence[TensorSpec], stored: StoredCheckpoint, chosen: _Chosen) -> _Match:
     ids = ids_of(specs)
     found: list[int] = []
+    same: list[int] = []
     missing, reshaped = [], []
-    same = [ids[alias] for spec in aim.local.specs for alias in spec.aliases if alias in ids]
     for spec in aim.local.specs:
-        i = next((ids[name] for name in (spec.name, *spec.aliases) if name in ids), -1)
-        found.append(i)
-        if i < 0:
+        i = ids.get(spec.name, -1)
+        if spec.aliases:
+            known = [ids[name] for name in spec.aliases if name in ids]
+            same += known
+            i = known[0] if i < 0 and known else i
+        if chosen.patterns is not None and not chosen.has(spec.name, *spec.aliases):
+            i = -1
+        elif i < 0:
             missing.append(spec.name)
-        elif (specs[i].shape, specs[i].dtype) != (spec.shape, spec.dtype):
+        elif specs[i].shape != spec.shape or specs[i].dtype != spec.dtype:
             reshaped.append(
                 f"`{spec.name}`: {specs[i].dtype} {list(specs[i].shape)} in the checkpoint, "
                 f"{spec.dtype} {list(spec.shape)} in the state"
             )
+        found.append(i)
     names = {row.name for row in stored.objects}
-    missing_objects = [name for name in aim.wants_objects if name not in names]
-    return _Match(ids=found, same=same, missing=missing, reshaped=reshaped, missing_objects=missing_objects)
+    wanted = [name for name in aim.wants_objects if chosen.has(name)]
+    unwanted = np.zeros(len(specs), bool)
+    if chosen.patterns is not None:
+        unwanted[:] = [not chosen.has(spec.name, *spec.aliases) for spec in specs]
+    return _Match(
+        ids=found,
+        same=same,
+        missing=missing,
+        reshaped=reshaped,
+        objects=[name for name in wanted if name in names],
+        missing_objects=[name for name in wanted if name not in names],
+        unwanted=unwanted,
+    )
 
 
 def _agree(
@@ -188,6 +250,7 @@ def _agree(
     keys = {key for r in reports for key in r["keys"]}
     unwanted = np.ones(len(specs), bool)
     unwanted[np.concatenate(all_wanted)] = False
+    unwanted &= ~prepared[1].unwanted
     extra = [specs[i].name for i in np.flatnonzero(unwanted) if specs[i].name.split("/", 1)[0] in keys]
     union = {k: sorted({x for r in reports for x in r[k]}) for k in ("missing", "reshaped", "objects")}
     _raise_mismatch(union, extra, strict=strict)

@@ -1,15 +1,18 @@
 """Carry out a read plan: read chunks in parallel, verify every block, copy boxes into place.
 
 In: a `ReadPlan` and a store. Out: the wanted pieces, filled. A block is verified before anything is copied out of it, so a
-damaged byte never reaches the caller's memory. Holds at most `read_threads` chunks at a time.
+damaged byte never reaches the caller's memory. Holds at most `read_threads` chunks at a time, and no more than
+`read_buffer_bytes_max` of them. Images that are local files are read by one native call; others through the store's `read_into`.
 """
 
 from __future__ import annotations
 
+import contextlib
+import os
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 from numpy.typing import NDArray
@@ -18,9 +21,23 @@ from ckpt.config import Options
 from ckpt.errors import CheckpointError, DamagedError, NotFoundError
 from ckpt.format.index import FragmentTable
 from ckpt.format.spec import PieceTable, TensorSpec
-from ckpt.kernels import copy_boxes, crc32c_ranges
+from ckpt.kernels import (
+    Chunks,
+    Outcome,
+    ReadBuffer,
+    ReadMode,
+    buffer_nbytes,
+    copy_boxes,
+    crc32c_ranges,
+    read_chunks,
+)
+from ckpt.layout.box import Int64Array
 from ckpt.plan.read import ReadPlan
+from ckpt.plan.save import arange_per
 from ckpt.store.base import Store
+
+_BATCH_BYTES = 1 << 30  # of one native call
+_BATCH_FILES = 64  # open at a time, twice
 
 Progress = Callable[[int], None]  # called with the bytes done since the last call, from any thread
 
@@ -48,6 +65,7 @@ class ReadJob:
     pieces: PieceTable
     options: Options
     missing: Callable[[int], str] | None = None  # what to say of the image of this number when it is gone
+    buffer: ReadBuffer = field(default_factory=ReadBuffer)  # handed on from job to job where many follow each other
 
 
 def run_reads(job: ReadJob, *, progress: Progress | None = None) -> None:
@@ -63,10 +81,134 @@ def find_damage(job: ReadJob, *, progress: Progress | None = None) -> list[Damag
 
 
 def _run(job: ReadJob, progress: Progress | None, *, stop_at_first: bool) -> list[Damage]:
-    num_chunks = len(job.plan.writer)
-    if not num_chunks:
+    """Read the images that are local files natively, all others through the store."""
+    plan = job.plan
+    if not len(plan.writer):
         return []
-    longest = int((job.plan.stop - job.plan.start).max())
+    out: list[Damage] = []
+    left = np.arange(len(plan.writer))
+    if job.store.local_files:
+        rest: list[int] = []
+        for batch in _batches(plan):
+            found, through_store = _read_local(job, batch, stop_at_first=stop_at_first)
+            rest += through_store
+            out += found
+            if found and stop_at_first:
+                return out
+            if progress is not None:
+                done = np.setdiff1d(np.arange(batch.start, batch.stop), through_store)
+                progress(int((plan.stop[done] - plan.start[done]).sum()))
+        left = np.array(rest, np.int64)
+    return out + _run_through_store(job, left, progress, stop_at_first=stop_at_first)
+
+
+def _batches(plan: ReadPlan) -> Iterator[range]:
+    """Chunks for one native call each: of few files, and short enough that an interrupt of the user is heard."""
+    sizes = np.cumsum(plan.stop - plan.start)
+    files = np.cumsum(np.append(0, plan.writer[1:] != plan.writer[:-1]))
+    first = 0
+    while first < len(sizes):
+        done, file = sizes[first] - (plan.stop[first] - plan.start[first]), files[first]
+        last = int(np.searchsorted(sizes, done + _BATCH_BYTES, "right"))
+        last = max(first + 1, min(last, int(np.searchsorted(files, file + _BATCH_FILES, "left"))))
+        yield range(first, last)
+        first = last
+
+
+def _read_local(job: ReadJob, batch: range, *, stop_at_first: bool) -> tuple[list[Damage], list[int]]:
+    """(damage, chunks to be read through the store: of files that did not open or that a read failed of).
+
+    The store then reads them again and says what is wrong in its own words.
+    """
+    plan = job.plan
+    writers = np.unique(plan.writer[batch.start : batch.stop])
+    with contextlib.ExitStack() as stack:
+        opened = [_open(job, int(writer), stack) for writer in writers]
+        usable = np.array([files is not None for files in opened])
+        row = np.cumsum(usable) - 1
+        at = np.searchsorted(writers, plan.writer[batch.start : batch.stop])
+        some = np.arange(batch.start, batch.stop)[usable[at]]
+        if not len(some):
+            return [], list(batch)
+        files = [pair for pair in opened if pair is not None]
+        chunks, blocks = _chunks_of(job, some, row[np.searchsorted(writers, plan.writer[some])])
+        done = read_chunks(
+            [pair[0] for pair in files],
+            [pair[1] for pair in files],
+            chunks,
+            buffer=job.buffer,
+            mode=ReadMode.auto if job.options.direct_io else ReadMode.buffered,
+            threads=_threads(job, buffer_nbytes(chunks), len(some)),
+            stop_at_first=stop_at_first,
+        )
+    wrong = done.found_crc != chunks.block_crc
+    wrong &= np.repeat(done.outcome == Outcome.DAMAGED, np.diff(chunks.block_starts))
+    found = [
+        _damage(job, job.keys[int(plan.writer[some[c]])], int(blocks[b]), int(done.found_crc[b]))
+        for b in np.flatnonzero(wrong)
+        for c in [int(np.searchsorted(chunks.block_starts, b, "right")) - 1]
+    ]
+    again = some[(done.outcome > 0) | (done.outcome == Outcome.SHORT)].tolist()
+    again += [] if found and stop_at_first else some[done.outcome == Outcome.NOT_READ].tolist()
+    again += np.setdiff1d(np.arange(batch.start, batch.stop), some).tolist()
+    return found, sorted(again)
+
+
+def _open(job: ReadJob, writer: int, stack: contextlib.ExitStack) -> tuple[int, int] | None:
+    """Descriptors of an image, the second one for direct reads or -1; None when it does not open."""
+    try:
+        fd = job.store.open_local(job.keys[writer])
+        if fd is None:
+            return None
+        stack.callback(os.close, fd)
+        direct = job.store.open_local(job.keys[writer], direct=True) if job.options.direct_io else None
+    except CheckpointError:
+        return None
+    if direct is None:
+        return fd, -1
+    stack.callback(os.close, direct)
+    return fd, direct
+
+
+def _chunks_of(job: ReadJob, some: Int64Array, file: Int64Array) -> tuple[Chunks, Int64Array]:
+    """The plan's chunks `some` as the kernel takes them, and the rows of their blocks in the plan."""
+    plan = job.plan
+    copies = plan.copies
+    num_blocks, num_copies = np.diff(plan.block_starts)[some], np.diff(plan.copy_starts)[some]
+    blocks = np.repeat(plan.block_starts[some], num_blocks) + arange_per(num_blocks)
+    rows = np.repeat(plan.copy_starts[some], num_copies) + arange_per(num_copies)
+    chunks = Chunks(
+        file=file.astype(np.int32),
+        start=plan.start[some],
+        stop=plan.stop[some],
+        block_starts=np.append(0, np.cumsum(num_blocks)),
+        block_start=plan.block_start[blocks],
+        block_stop=plan.block_stop[blocks],
+        block_crc=plan.block_crc[blocks],
+        copy_starts=np.append(0, np.cumsum(num_copies)),
+        source=copies.source[rows].astype(np.uint64),
+        target=copies.target[rows],
+        target_limit=job.pieces.limit[copies.piece[rows]],
+        lengths=copies.lengths[rows],
+        source_strides=copies.source_strides[rows],
+        target_strides=copies.target_strides[rows],
+        itemsize=copies.itemsize[rows],
+    )
+    return chunks, blocks
+
+
+def _threads(job: ReadJob, chunk_nbytes: int, num_chunks: int) -> int:
+    """As many as there are chunks, are allowed, and fit into the memory budget with a chunk each; at least one."""
+    fitting = job.options.read_buffer_bytes_max // max(chunk_nbytes, 1)
+    return max(1, min(job.options.read_threads, num_chunks, fitting))
+
+
+def _run_through_store(
+    job: ReadJob, chunks: Int64Array, progress: Progress | None, *, stop_at_first: bool
+) -> list[Damage]:
+    if not len(chunks):
+        return []
+    longest = int((job.plan.stop - job.plan.start)[chunks].max())
     local = threading.local()
     stop = threading.Event()
 
@@ -83,9 +225,8 @@ def _run(job: ReadJob, progress: Progress | None, *, stop_at_first: bool) -> lis
         return found
 
     out: list[Damage] = []
-    threads = max(1, min(job.options.read_threads, num_chunks))
-    with ThreadPoolExecutor(threads, thread_name_prefix="ckpt-read") as pool:
-        futures = [pool.submit(one, chunk) for chunk in range(num_chunks)]
+    with ThreadPoolExecutor(_threads(job, longest, len(chunks)), thread_name_prefix="ckpt-read") as pool:
+        futures = [pool.submit(one, chunk) for chunk in chunks.tolist()]
         try:
             for future in as_completed(futures):
                 out.extend(future.result())

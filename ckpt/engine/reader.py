@@ -194,6 +194,13 @@ class StoredCheckpoint:
                 f"step {self.step} is damaged: it claims {nbytes} bytes of a tensor in images of {held} bytes"
             )
 
+    @property
+    def read_bytes_max(self) -> int:
+        """Soft bound of one read: so that the memory budget holds a chunk, at most twice as long, for each thread."""
+        options = self.options
+        wanted = options.local_read_bytes_max if self.store.local_files else options.read_bytes_max
+        return max(1, min(wanted, options.read_buffer_bytes_max // (2 * options.read_threads)))
+
     def plan(self, fragments: index.FragmentTable, pieces: PieceTable) -> ReadPlan:
         """The reads that fill `pieces` (tensor numbers are ids). DamagedError when an element is stored nowhere."""
         plan = plan_read(
@@ -201,7 +208,7 @@ class StoredCheckpoint:
             self.specs,
             pieces,
             block_bytes=self.manifest.block_bytes,
-            read_bytes_max=self.options.read_bytes_max,
+            read_bytes_max=self.read_bytes_max,
             gap_bytes_max=self.options.read_gap_bytes_max,
         )
         missing = uncovered(plan.copies, pieces)

@@ -7,13 +7,14 @@ background thread only finishes what was begun, and never calls a collective.
 from __future__ import annotations
 
 import contextlib
+import functools
 import logging
 import os
 import time
 import weakref
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch.distributed as dist
@@ -22,13 +23,16 @@ from ckpt import config
 from ckpt.commit import find, retention
 from ckpt.commit.gc import collect_garbage
 from ckpt.config import Options
+from ckpt.engine.load import Loaded, Rename, load_state
 from ckpt.engine.pending import PendingSave, failed_error, first_line
+from ckpt.engine.read import Progress
+from ckpt.engine.reader import StoredCheckpoint
 from ckpt.engine.save import Attempt, Request, Saved, SaveSession
 from ckpt.engine.torch_world import current_world
 from ckpt.engine.worker import Worker
 from ckpt.engine.world import World
-from ckpt.errors import CheckpointError, SaveFailedError
-from ckpt.events import Events, Outcome, Sink, Timeline
+from ckpt.errors import CheckpointError, NotFoundError, SaveFailedError
+from ckpt.events import Events, Operation, Outcome, Sink, Timeline
 from ckpt.format.spec import LocalState
 from ckpt.layout.layout import Layout
 from ckpt.snapshot import fence
@@ -41,6 +45,12 @@ _log = logging.getLogger("ckpt")
 
 State = Mapping[str, Any]
 Url = str | os.PathLike[str]
+
+
+class MakeSinks(Protocol):
+    """Makes the sinks of a run's events."""
+
+    def __call__(self, store: Store, options: Options, *, rank: int, world: int) -> Sequence[Sink]: ...
 
 
 class Run:
@@ -59,13 +69,14 @@ class Run:
         options: Options | None = None,
         storage_options: Mapping[str, Any] | None = None,
         keep_last: int | None = None,
-        sinks: Sequence[Sink] = (),
+        sinks: MakeSinks | None = None,
     ) -> None:
         self.options = config.from_environment(options)
         self._keep_last = keep_last
         self.store: Store = open_store(url, options=self.options, storage_options=storage_options)
         self.world: World = current_world(group, self.options.exchange_timeout_s)
-        self.events = Events(sinks)
+        rank, world = self.world.rank, self.world.size
+        self.events = Events(sinks(self.store, self.options, rank=rank, world=world) if sinks else ())
         self._session = SaveSession(self.store, self.world, self.options)
         self._collector = Collector()
         self._background = Worker("ckpt-save", self.options.flush_nice)
@@ -121,6 +132,62 @@ class Run:
         self._retire()
         return saved
 
+    def load(
+        self,
+        state: State,
+        step: int | None,
+        layout: Layout | None,
+        *,
+        strict: bool,
+        rename: Rename,
+        include: Sequence[str] | None = None,
+        progress: Progress | None = None,
+    ) -> Loaded:
+        """Fill `state` from checkpoint `step`, from the newest one when None. All ranks call."""
+        timeline = Timeline()
+        stored: StoredCheckpoint | None = None
+        try:
+            stored = self._open_together(step)
+            loaded = load_state(
+                stored,
+                state,
+                self.world,
+                layout=layout,
+                strict=strict,
+                rename=rename,
+                include=include,
+                progress=progress,
+                timeline=timeline,
+            )
+        except CheckpointError as error:
+            timeline.add("total", timeline.start, time.perf_counter())
+            number = (-1 if step is None else step) if stored is None else stored.step
+            self._tell_later(timeline, number, "", "failed", first_line(error), operation="load")
+            raise
+        timeline.add("total", timeline.start, time.perf_counter(), nbytes=loaded.wanted_nbytes)
+        self._tell_later(timeline, loaded.step, stored.manifest.attempt, "ok", operation="load")
+        return loaded
+
+    def _open_together(self, step: int | None) -> StoredCheckpoint:
+        """The same step on every rank, also while another job saves: rank 0 decides."""
+        stored: StoredCheckpoint | None = None
+        error: CheckpointError | None = None
+        try:
+            if self.world.rank == 0 or step is not None:
+                stored = StoredCheckpoint(self.store, "latest" if step is None else step, self.options)
+        except CheckpointError as problem:
+            error = problem
+        value = -1 if stored is None else stored.step
+        answers = self.world.all_gather(np.array([value], np.int64).view(np.uint8))
+        chosen = int(answers[0].copy().view(np.int64)[0])
+        if error is not None:
+            raise error
+        if stored is None:
+            if chosen < 0:
+                raise NotFoundError(f"rank 0 found no checkpoint to load in {self.store.url}")
+            stored = StoredCheckpoint(self.store, chosen, self.options)
+        return stored
+
     @contextlib.contextmanager
     def _told(self, timeline: Timeline, step: int, attempt: str = "") -> Iterator[None]:
         """Whatever becomes of the block goes to the events."""
@@ -128,14 +195,24 @@ class Run:
             yield
         except Exception as error:
             timeline.add("total", timeline.start, time.perf_counter())
-            self._tell(timeline, step, attempt, "failed", first_line(error))
+            self._tell_later(timeline, step, attempt, "failed", first_line(error))
             raise
-        self._tell(timeline, step, attempt, "ok")
+        self._tell_later(timeline, step, attempt, "ok")
 
-    def _tell(self, timeline: Timeline, step: int, attempt: str, outcome: Outcome, error: str = "") -> None:
-        self.events.tell(
+    def _tell_later(
+        self,
+        timeline: Timeline,
+        step: int,
+        attempt: str,
+        outcome: Outcome,
+        error: str = "",
+        operation: Operation = "save",
+    ) -> None:
+        """Tell the events on the background thread: a log in an object store takes a request."""
+        tell = functools.partial(
+            self.events.tell,
             timeline,
-            operation="save",
+            operation=operation,
             run=self.store.url,
             step=step,
             attempt=attempt,
@@ -144,6 +221,7 @@ class Run:
             outcome=outcome,
             error=error,
         )
+        self._background.submit(tell)
 
     # the saves on their way
 
@@ -174,7 +252,7 @@ class Run:
         self.skipped += 1
         timeline.add("call", timeline.start, time.perf_counter())
         timeline.add("total", timeline.start, time.perf_counter())
-        self._tell(timeline, step, "", "skipped")
+        self._tell_later(timeline, step, "", "skipped")
         error = SaveFailedError(f"step {step} was skipped: the saves before it were not over", kind="skipped")
         return PendingSave.over(step, timeline, error, skipped=True)
 

@@ -61,11 +61,10 @@ class TorchWorld:
             self._wait(self._group.allgather(out, padded))
         return [tensor.numpy()[: int(n)] for tensor, n in zip(out, sizes, strict=True)]
 
-    def all_to_all(self, parts: list[NDArray[np.uint8]], sizes: list[int]) -> list[NDArray[np.uint8]]:
-        send = torch.from_numpy(np.concatenate(parts))
-        out = torch.empty(sum(sizes), dtype=torch.uint8)
-        self._wait(self._group.alltoall_base(out, send, sizes, [len(part) for part in parts]))
-        return np.split(out.numpy(), np.cumsum(sizes)[:-1])
+    def all_to_all(
+        self, send: NDArray[np.uint8], sizes: list[int], receive: NDArray[np.uint8], incoming: list[int]
+    ) -> None:
+        self._wait(self._group.alltoall_base(torch.from_numpy(receive), torch.from_numpy(send), incoming, sizes))
 
     def _wait(self, work: dist.Work) -> None:
         try:

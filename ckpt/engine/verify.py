@@ -221,7 +221,7 @@ class _Verification:
         plan = plan_verify(
             fragments,
             block_bytes=stored.manifest.block_bytes,
-            read_bytes_max=stored.options.read_bytes_max,
+            read_bytes_max=stored.read_bytes_max,
             gap_bytes_max=stored.options.read_gap_bytes_max,
             readable=readable,
         )

@@ -23,8 +23,10 @@ class World(Protocol):
     def all_gather(self, data: NDArray[np.uint8]) -> list[NDArray[np.uint8]]:
         """Every rank's bytes, in rank order. All ranks call; RankFailedError at the deadline."""
 
-    def all_to_all(self, parts: list[NDArray[np.uint8]], sizes: list[int]) -> list[NDArray[np.uint8]]:
-        """Send parts[r] to rank r and get `sizes[r]` bytes from it. All ranks call."""
+    def all_to_all(
+        self, send: NDArray[np.uint8], sizes: list[int], receive: NDArray[np.uint8], incoming: list[int]
+    ) -> None:
+        """Send the next `sizes[r]` bytes of `send` to rank r and get `incoming[r]` bytes from it. All ranks call."""
 
 
 class AloneWorld:
@@ -36,8 +38,10 @@ class AloneWorld:
     def all_gather(self, data: NDArray[np.uint8]) -> list[NDArray[np.uint8]]:
         return [data]
 
-    def all_to_all(self, parts: list[NDArray[np.uint8]], sizes: list[int]) -> list[NDArray[np.uint8]]:
-        return parts
+    def all_to_all(
+        self, send: NDArray[np.uint8], sizes: list[int], receive: NDArray[np.uint8], incoming: list[int]
+    ) -> None:
+        receive[:] = send
 
 
 def raise_together(world: World, error: CheckpointError | None, state: str) -> None:

@@ -6,6 +6,7 @@ from numpy.typing import NDArray
 CORE_VERSION: int
 DIMS_MAX: int
 THREADS_MAX: int
+READ_ALIGN: int
 
 def copy_boxes(
     source: NDArray[np.uint64],
@@ -46,6 +47,33 @@ def pack(
 def write_at(
     fd: int, data: NDArray[np.uint8], offset: int, slice_bytes: int, in_flight: int
 ) -> tuple[int, bool, int]: ...
+def read_chunks(
+    fd: NDArray[np.int32],
+    direct_fd: NDArray[np.int32],
+    file: NDArray[np.int32],
+    start: NDArray[np.int64],
+    stop: NDArray[np.int64],
+    block_starts: NDArray[np.int64],
+    block_start: NDArray[np.int64],
+    block_stop: NDArray[np.int64],
+    block_crc: NDArray[np.uint32],
+    copy_starts: NDArray[np.int64],
+    source: NDArray[np.uint64],
+    target: NDArray[np.uint64],
+    target_limit: NDArray[np.uint64],
+    lengths: NDArray[np.int64],
+    source_strides: NDArray[np.int64],
+    target_strides: NDArray[np.int64],
+    itemsize: NDArray[np.int64],
+    buffer: int,
+    buffer_bytes: int,
+    kernel: int,
+    mode: int,
+    threads: int,
+    stop_at_first: bool,
+    outcome: NDArray[np.int32],
+    found_crc: NDArray[np.uint32],
+) -> tuple[int, int, int, int, bool]: ...
 def kernel_available(kernel: int) -> bool: ...
 def kernel_auto() -> int: ...
 def build_info() -> dict[str, str]: ...

@@ -57,7 +57,7 @@ def heat_map(operation: Operation) -> Any:
             y=list(range(len(ranks))),
             z=[[excess[phase].get(rank) for phase in phases] for rank in ranks],
             customdata=[[[rank, value] for value in row] for rank, row in zip(ranks, taken, strict=True)],
-            text=[["" if value is None else seconds_text(value) for value in row] for row in taken],
+            text=[["" if v is None else seconds_text(v) for v in row] for row in taken] if few else None,
             texttemplate="%{text}" if few else None,
             colorscale="Cividis",
             zmin=0.0,

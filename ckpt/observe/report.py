@@ -134,7 +134,7 @@ def _sentence(operation: Operation) -> str:
     if operation.stall_s is not None:
         words.append(f"training held for {seconds_text(operation.stall_s)}")
     if operation.nbytes:
-        words.append(f"{operation.nbytes / 1e9:,.3g} GB{_speed(operation, ' at {} GB/s')}")
+        words.append(f"{_giga(operation.nbytes)} GB{_speed(operation, ' at {} GB/s')}")
     return "; ".join(words) + "."
 
 
@@ -159,7 +159,7 @@ def _facts(saves: Sequence[Operation]) -> str:
         ("straggler of the latest", (_late(good[-1]) if good else "") or "none"),
         ("median stall", _median(good, lambda save: save.stall_s, seconds_text)),
         ("median time to durable", _median(good, lambda save: save.total_s, seconds_text)),
-        ("median speed", _median(good, lambda save: save.bytes_per_s, lambda value: f"{value / 1e9:.3g} GB/s")),
+        ("median speed", _median(good, lambda save: save.bytes_per_s, lambda value: f"{_giga(value)} GB/s")),
     ]
     boxes = "".join(f'<div class="fact"><b>{html.escape(value)}</b>{name}</div>' for name, value in facts)
     return f'<div class="facts">{boxes}</div>'
@@ -192,7 +192,7 @@ def _table(title: str, name: str, found: Sequence[Operation]) -> str:
         ("ranks", lambda o: str(o.world) if len(o.seconds) == o.world else f"{len(o.seconds)} of {o.world}"),
         ("stall", lambda o: _maybe(o.stall_s)),
         ("durable after" if name == "saves" else "took", lambda o: _maybe(o.total_s) if o.outcome == "ok" else "-"),
-        ("GB", lambda o: f"{o.nbytes / 1e9:.3g}" if o.nbytes else "-"),
+        ("GB", lambda o: _giga(o.nbytes) if o.nbytes else "-"),
         ("GB/s", lambda o: _speed(o, "{}") or "-"),
         ("straggler", _late),
         ("attempt", lambda o: o.attempt[:12]),
@@ -225,7 +225,11 @@ def _maybe(seconds: float | None) -> str:
 
 def _speed(operation: Operation, text: str) -> str:
     speed = operation.bytes_per_s
-    return "" if speed is None else text.format(f"{speed / 1e9:.3g}")
+    return "" if speed is None else text.format(_giga(speed))
+
+
+def _giga(number: float) -> str:
+    return f"{number / 1e9:,.0f}" if number >= 1e11 else f"{number / 1e9:.3g}"
 
 
 def _glossary() -> str:

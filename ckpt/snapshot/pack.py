@@ -197,15 +197,18 @@ class Packer:
         self.copy_parts(self.rows_of(chunk), buffer, self._program.chunk_range(chunk)[0])
         self.put_raw(chunk, buffer)
 
-    def pack(self, chunk: int, buffer: NDArray[np.uint8], rows: slice | Int64Array | None = None) -> None:
+    def pack(
+        self, chunk: int, buffer: NDArray[np.uint8], rows: slice | Int64Array | None = None, threads: int | None = None
+    ) -> None:
         """`fill` and `checksum` in one pass over the memory.
 
         Args:
             rows: the parts to copy, ascending; all of the chunk's when None. What they leave out is in `buffer` already.
+            threads: other than this packer's.
         """
         segments = self._segments(chunk)
         rows = self.rows_of(chunk) if rows is None else rows
-        self._crc[segments] = self._copy(rows, buffer, self._program.chunk_range(chunk)[0], segments)
+        self._crc[segments] = self._copy(rows, buffer, self._program.chunk_range(chunk)[0], segments, threads)
         self.put_raw(chunk, buffer)  # the header and objects: no block covers them
 
     def checksum(self, chunk: int, buffer: NDArray[np.uint8]) -> None:
@@ -228,7 +231,12 @@ class Packer:
                 buffer[low - start : high - start] = np.frombuffer(data, np.uint8)[low - offset : high - offset]
 
     def _copy(
-        self, rows: slice | Int64Array, buffer: NDArray[np.uint8], start: int, segments: slice
+        self,
+        rows: slice | Int64Array,
+        buffer: NDArray[np.uint8],
+        start: int,
+        segments: slice,
+        threads: int | None = None,
     ) -> NDArray[np.uint32]:
         program, sources = self._program, self._sources
         return pack(
@@ -242,7 +250,7 @@ class Packer:
             itemsize=program.itemsize[rows],
             segment_starts=program.segment_start[segments],
             segment_stops=program.segment_stop[segments],
-            threads=self._threads,
+            threads=self._threads if threads is None else threads,
         )
 
     def _segments(self, chunk: int) -> slice:

@@ -35,6 +35,9 @@ class Writer(Protocol):
     def write(self, data: memoryview) -> None:
         """Append `data`. It may be reused by the caller as soon as this returns."""
 
+    # A writer may also have `write_lasting(data)`: as `write`, of data that stay as they are until `commit` or `abort` returns,
+    # so that they can be sent without a copy.
+
     def commit(self) -> None:
         """Make the object durable under its key. Errors of earlier writes surface here at the latest."""
 
@@ -57,6 +60,17 @@ class Store(Protocol):
     @property
     def conditional_create(self) -> bool:
         """True when `create` is atomic: of many callers exactly one wins. Probed on first use where needed."""
+
+    @property
+    def local_files(self) -> bool:
+        """True when objects are files of this machine that `open_local` opens: they are then read without this class."""
+
+    def open_local(self, key: str, *, direct: bool = False) -> int | None:
+        """A descriptor of the object, open for positioned reads; the caller closes it. None where there is no such file.
+
+        Args:
+            direct: around the page cache (O_DIRECT); None where the file system refuses that.
+        """
 
     def read(self, key: str, start: int = 0, stop: int | None = None) -> bytes:
         """Bytes `start <= i < stop` (to the end when None). A shorter object is `DamagedError(kind="truncated")`."""

@@ -30,6 +30,7 @@ class FsspecStore:
     """A `Store` on an fsspec file system. Any thread; a forked process makes its own file system object."""
 
     conditional_create = False
+    local_files = False
 
     def __init__(self, url: str, *, options: Options, storage_options: Mapping[str, Any] | None = None) -> None:
         self._url = url.rstrip("/")
@@ -43,6 +44,9 @@ class FsspecStore:
     @property
     def url(self) -> str:
         return self._url
+
+    def open_local(self, key: str, *, direct: bool = False) -> int | None:
+        return None
 
     def read(self, key: str, start: int = 0, stop: int | None = None) -> bytes:
         _check_range(key, start, stop)

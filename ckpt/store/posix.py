@@ -32,9 +32,10 @@ _Files = list[tuple[str, os.stat_result]]
 
 
 class PosixStore:
-    """A `Store` on a folder. Any thread, any process; nothing is kept open between calls."""
+    """A `Store` on a folder. Any thread, any process; nothing is kept open between calls but what `open_local` gave."""
 
     conditional_create = True  # link(2) refuses to replace, on every file system that has it
+    local_files = True
 
     def __init__(self, root: str | os.PathLike[str], *, options: Options) -> None:
         self._url = os.fspath(root)
@@ -59,6 +60,16 @@ class PosixStore:
         with self._opened(key) as (fd, size):
             self._check_range(key, start, start + len(view), size)
             self._fill(fd, key, start, view)
+
+    def open_local(self, key: str, *, direct: bool = False) -> int | None:
+        if not direct:
+            with self._opened(key) as (fd, _):
+                return os.dup(fd)
+        try:
+            with self._opened(key, os.O_DIRECT) as (fd, _):
+                return os.dup(fd)
+        except (StoreError, InvalidInputError):  # EINVAL: a file system without it
+            return None
 
     def size(self, key: str) -> int:
         with self._opened(key) as (_, size):
@@ -163,12 +174,12 @@ class PosixStore:
     # ---- reading
 
     @contextlib.contextmanager
-    def _opened(self, key: str) -> Iterator[tuple[int, int]]:
+    def _opened(self, key: str, flags: int = 0) -> Iterator[tuple[int, int]]:
         """Descriptor and size of a regular file."""
         folders, name = _parts(key)
         try:
             with self._tree.opened(folders) as folder:
-                fd = os.open(name, _READ_FLAGS, dir_fd=folder)
+                fd = os.open(name, _READ_FLAGS | flags, dir_fd=folder)
         except OSError as error:
             raise self._error(error, key, "read") from error
         try:

@@ -42,6 +42,8 @@ _PAUSE_S = 0.1  # between tries to create
 class S3Store:
     """A `Store` in S3. Any thread; a forked process makes its own connections."""
 
+    local_files = False
+
     def __init__(self, url: str, *, options: Options, storage_options: Mapping[str, Any] | None = None) -> None:
         self._url = url.rstrip("/")
         self._bucket, _, prefix = self._url.removeprefix("s3://").partition("/")
@@ -68,6 +70,9 @@ class S3Store:
             return self._conditional
 
     # ---- reading
+
+    def open_local(self, key: str, *, direct: bool = False) -> int | None:
+        return None
 
     def read(self, key: str, start: int = 0, stop: int | None = None) -> bytes:
         if stop is None and start:
@@ -191,7 +196,7 @@ class S3Store:
         nbytes = arguments["Body"].getbuffer().nbytes if isinstance(arguments.get("Body"), io.BytesIO) else 0
         return self._run(key, verb, lambda: self._call(method, Key=self._full(key), **arguments), nbytes=nbytes)
 
-    def send_part(self, key: str, upload_id: str, number: int, part: io.BytesIO) -> Future[str]:
+    def send_part(self, key: str, upload_id: str, number: int, part: io.BytesIO | io.BufferedReader) -> Future[str]:
         """Start to upload a part; waits for a free slot, which is free again when the part is done."""
         if not self._slots.acquire(timeout=self.timeout_s):
             text = f"cannot write `{key}` in {self._url}: no upload finished for {self.timeout_s:.0f} s"

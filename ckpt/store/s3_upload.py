@@ -12,12 +12,13 @@ import io
 from concurrent.futures import Future
 from typing import TYPE_CHECKING, Any
 
-from ckpt.config import MIB
+from ckpt.config import KIB, MIB
 from ckpt.errors import CheckpointError, NotFoundError, StoreError
 
 if TYPE_CHECKING:
     from ckpt.store.s3 import S3Store
 
+_READ_BYTES = 256 * KIB  # that a request takes of a part at a time
 PARTS_MAX = 10_000  # of S3
 PART_BYTES_MIN = 5 * MIB  # of S3, for all parts but the last
 
@@ -51,6 +52,15 @@ class S3Writer:
             if self._filled == self._part_bytes:
                 self._send_part()
 
+    def write_lasting(self, data: memoryview) -> None:
+        """Append `data`, which stays as it is until `commit` or `abort` returns: whole parts are sent without a copy."""
+        view = data.cast("B") if data.format != "B" or data.ndim != 1 else data
+        while self._failure is None and not self._filled and len(view) >= self._part_bytes:
+            part, view = view[: self._part_bytes], view[self._part_bytes :]
+            self._nbytes += len(part)
+            self._send(io.BufferedReader(_Reader(part), _READ_BYTES))
+        self.write(view)
+
     def commit(self) -> None:
         """Make the object visible and durable."""
         if self._failure is not None:
@@ -76,6 +86,10 @@ class S3Writer:
                 self._store.request(self._key, "abort", "abort_multipart_upload", UploadId=self._upload_id)
 
     def _send_part(self) -> None:
+        part, self._part, self._filled = self._part, io.BytesIO(), 0
+        self._send(_rewound(part))
+
+    def _send(self, part: io.BytesIO | io.BufferedReader) -> None:
         number = len(self._parts) + 1
         try:
             if number > PARTS_MAX:
@@ -85,8 +99,7 @@ class S3Writer:
                 answer = self._store.request(self._key, "start the upload of", "create_multipart_upload")
                 self._upload_id = answer["UploadId"]
             self._raise_failed_part()
-            part, self._part, self._filled = self._part, io.BytesIO(), 0
-            self._parts.append(self._store.send_part(self._key, self._upload_id, number, _rewound(part)))
+            self._parts.append(self._store.send_part(self._key, self._upload_id, number, part))
         except CheckpointError as error:
             self._failure = error
             raise
@@ -115,6 +128,32 @@ class S3Writer:
             return self._store.size(self._key) == self._nbytes
         except (StoreError, NotFoundError):
             return False
+
+
+class _Reader(io.RawIOBase):
+    """A file over memory of somebody else's."""
+
+    def __init__(self, view: memoryview) -> None:
+        self._view, self._at = view, 0
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        count = min(len(buffer), len(self._view) - self._at)
+        buffer[:count] = self._view[self._at : self._at + count]
+        self._at += count
+        return count
+
+    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
+        self._at = offset + {io.SEEK_SET: 0, io.SEEK_CUR: self._at, io.SEEK_END: len(self._view)}[whence]
+        return self._at
+
+    def tell(self) -> int:
+        return self._at
 
 
 def _rewound(part: io.BytesIO) -> io.BytesIO:

@@ -1,4 +1,4 @@
-/* The contract of ckpt's native core: n-d box copy, CRC-32C, both fused, and writes to files.
+/* The contract of ckpt's native core: n-d box copy, CRC-32C, both fused, writes to files, and verified reads of them.
  *
  * All sizes, strides and limits are bytes; limits and stops are exclusive. Every function is thread safe, keeps no state
  * between calls, allocates no memory of its own (worker threads aside), and answers with a status instead of an exception.
@@ -10,15 +10,19 @@
 
 #include <stdint.h>
 
+/* Enums hold any int: in C++ a value that is not named must not be undefined behaviour, but be refused. */
 #ifdef __cplusplus
+#define CKPT_ENUM_BASE : int
 extern "C" {
+#else
+#define CKPT_ENUM_BASE
 #endif
 
 #define CKPT_CORE_VERSION 1
 #define CKPT_DIMS_MAX 64    /* dims of one box */
 #define CKPT_THREADS_MAX 64 /* a call uses no more, whatever it is asked for */
 
-typedef enum ckpt_status {
+typedef enum ckpt_status CKPT_ENUM_BASE {
   CKPT_OK = 0,
   CKPT_BAD_ARGUMENT = 1,         /* a negative length or stride, an item size below 1, too many dims, a null pointer */
   CKPT_SOURCE_OUT_OF_BOUNDS = 2, /* the box would read a byte at or after its source limit */
@@ -49,7 +53,7 @@ typedef struct ckpt_boxes {
  * all targets, and the targets of two rows from each other; this is the one condition that is not checked. */
 ckpt_status ckpt_copy_boxes(const ckpt_boxes *boxes, int32_t num_threads, int64_t *bad_row);
 
-typedef enum ckpt_kernel {
+typedef enum ckpt_kernel CKPT_ENUM_BASE {
   CKPT_KERNEL_AUTO = 0, /* the fastest that this processor has */
   CKPT_KERNEL_TABLE = 1,
   CKPT_KERNEL_SSE42 = 2,
@@ -103,6 +107,56 @@ ckpt_status ckpt_pack(ckpt_kernel kernel, const ckpt_parts *parts, void *target,
  * errno of the first failure seen, and any part of the range may have been written. */
 ckpt_status ckpt_write_at(int32_t fd, const void *data, int64_t nbytes, int64_t offset, int64_t slice_bytes, int32_t in_flight,
                           int32_t *direct, int32_t *error);
+#define CKPT_READ_ALIGN 4096 /* of buffers and offsets of reads around the page cache */
+
+typedef enum ckpt_read_mode {
+  CKPT_READ_AUTO = 0,     /* around the page cache, except for what is in it already */
+  CKPT_READ_BUFFERED = 1, /* through the page cache */
+  CKPT_READ_DIRECT = 2    /* around the page cache wherever the file system can */
+} ckpt_read_mode;
+
+/* What became of a chunk; a number above 0 is the errno of the read that failed. */
+enum {
+  CKPT_READ_DONE = 0,      /* read, verified, copied */
+  CKPT_READ_NOT_READ = -1, /* another chunk failed first */
+  CKPT_READ_SHORT = -2,    /* the file ends before the chunk does */
+  CKPT_READ_DAMAGED = -3   /* a block has another checksum than expected */
+};
+
+/* C chunks of F files, with B blocks to verify and N boxes to copy. All columns belong to the caller. */
+typedef struct ckpt_reads {
+  const int32_t *fd;          /* [F] open for reading */
+  const int32_t *direct_fd;   /* [F] the same file opened with O_DIRECT, or -1 */
+  int64_t num_files;          /* F */
+  const int32_t *file;        /* [C] */
+  const int64_t *start;       /* [C] bytes of the file */
+  const int64_t *stop;        /* [C] */
+  int64_t num_chunks;         /* C */
+  const int64_t *block_starts; /* [C + 1] blocks of chunk c are [block_starts[c], block_starts[c + 1]) */
+  const int64_t *block_start; /* [B] bytes of the file, inside the chunk */
+  const int64_t *block_stop;  /* [B] */
+  const uint32_t *block_crc;  /* [B] expected */
+  const int64_t *copy_starts; /* [C + 1] rows of chunk c */
+  ckpt_boxes copies;          /* [N] `source` is a byte of the file, inside the chunk; `source_limit` is not looked at */
+  void *buffer;               /* num_threads x buffer_bytes, aligned */
+  int64_t buffer_bytes;       /* of one thread: the longest chunk with both ends rounded out; a multiple of the alignment */
+  ckpt_kernel kernel;
+  ckpt_read_mode mode;
+  int32_t num_threads;        /* 1 to CKPT_THREADS_MAX */
+  int32_t stop_at_first;      /* begin no chunk after one that failed */
+} ckpt_reads;
+
+typedef struct ckpt_read_results {
+  int32_t *outcome;       /* [C] */
+  uint32_t *found_crc;    /* [B] of the chunks that are done or damaged */
+  int64_t direct_bytes;   /* read around the page cache */
+  int64_t cached_bytes;   /* read through it */
+  int32_t direct_refused; /* 1: a file that was opened for it could not be read so, and was read through the cache */
+} ckpt_read_results;
+
+/* Read every chunk whole, verify all its blocks, and only then copy its boxes. Threads share out the chunks in order. Memory that
+ * is copied must lie in blocks of the same chunk to be covered by this promise. On a refusal `bad_row` is the box at fault or -1. */
+ckpt_status ckpt_read_chunks(const ckpt_reads *reads, ckpt_read_results *results, int64_t *bad_row);
 
 /* How this library was built, for reports: "GCC 12.2.0", "Release", "" or "address". */
 const char *ckpt_build_compiler(void);

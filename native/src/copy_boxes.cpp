@@ -16,46 +16,8 @@ constexpr uint64_t kPieceBytesMin = 256 * 1024;  // what a thread claims at a ti
 constexpr uint64_t kThreadBytesMin = 1024 * 1024;  // a thread costs about 30 us to start, as long as copying this much
 constexpr uint64_t kRowBytes = 256;  // a row costs at least as much as copying this much
 
-// Read row `r`: dims of length 1 dropped, the rest sorted by target stride, widest first. A box with a zero length has run 0.
-ckpt_status read_row(const ckpt_boxes& boxes, int64_t r, Row* row) {
-  const int64_t num_dims = boxes.num_dims;
-  const int64_t itemsize = boxes.itemsize[r];
-  if (itemsize < 1) return CKPT_BAD_ARGUMENT;
-  row->source = reinterpret_cast<const std::byte*>(static_cast<uintptr_t>(boxes.source[r]));
-  row->target = reinterpret_cast<std::byte*>(static_cast<uintptr_t>(boxes.target[r]));
-  row->run = itemsize;
-  row->num_dims = 0;
-  for (int64_t d = 0; d < num_dims; ++d) {
-    const int64_t at = r * num_dims + d;
-    const Dim dim{boxes.lengths[at], boxes.source_strides[at], boxes.target_strides[at]};
-    if (dim.length < 0 || dim.source_stride < 0 || dim.target_stride < 0) return CKPT_BAD_ARGUMENT;
-    if (dim.length == 0) row->run = 0;
-    if (dim.length <= 1) continue;
-    int place = row->num_dims++;
-    for (; place > 0 && row->dims[place - 1].target_stride < dim.target_stride; --place)
-      row->dims[place] = row->dims[place - 1];
-    row->dims[place] = dim;
-  }
-  return CKPT_OK;
-}
-
-// Bounds on both sides, and that no two elements of the target share a byte.
 ckpt_status check_row(const ckpt_boxes& boxes, int64_t r, Row* row) {
-  row->nbytes = 0;
-  if (row->run == 0) return CKPT_OK;
-  int64_t extent;
-  if (!extent_of(row->dims, row->num_dims, row->run, &Dim::source_stride, &extent)) return CKPT_SOURCE_OUT_OF_BOUNDS;
-  if (!fits(boxes.source[r], extent, boxes.source_limit[r])) return CKPT_SOURCE_OUT_OF_BOUNDS;
-  if (!extent_of(row->dims, row->num_dims, row->run, &Dim::target_stride, &extent)) return CKPT_TARGET_OUT_OF_BOUNDS;
-  if (!fits(boxes.target[r], extent, boxes.target_limit[r])) return CKPT_TARGET_OUT_OF_BOUNDS;
-  int64_t inner = row->run;  // extent of the dims inside d; they nest, so the volume is at most the extent and fits as well
-  row->nbytes = row->run;
-  for (int d = row->num_dims - 1; d >= 0; --d) {
-    if (row->dims[d].target_stride < inner) return CKPT_TARGET_OVERLAPS;
-    inner += (row->dims[d].length - 1) * row->dims[d].target_stride;
-    row->nbytes *= row->dims[d].length;
-  }
-  return CKPT_OK;
+  return check_row(boxes, r, boxes.source[r], boxes.source_limit[r], row);
 }
 
 int64_t scale(int64_t length, uint64_t part, uint64_t whole) {

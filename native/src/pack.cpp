@@ -94,8 +94,11 @@ Piece piece_at(const Cut& cut, int64_t at) {
 }
 
 void copy_piece(const Row& row, const Cut& cut, const Piece& piece, std::byte* target) {
-  Row part = row;
+  Row part;  // filled by hand: a Row is 1.5 KiB, more than many tensors
+  part.source = row.source;
   part.target = target;
+  part.run = row.run;
+  part.nbytes = piece.stop - piece.start;
   int64_t rest = piece.line;
   for (int d = cut.level - 1; d >= 0; --d) {
     part.source += rest % row.dims[d].length * row.dims[d].source_stride;

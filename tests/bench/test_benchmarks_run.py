@@ -12,6 +12,8 @@ from typing import Any
 
 import pytest
 
+from bench.plot import draw
+
 ROOT = Path(__file__).resolve().parents[2]
 
 
@@ -62,3 +64,54 @@ def test_gpt_reports_every_kind_of_load_and_of_async_save(tmp_path: Path) -> Non
     loads = {f"load {kind}, {cache}" for kind in ("same layout", "to TP", "to 1 rank") for cache in ("cold", "warm")}
     assert set(tasks) == {"save", "async save, stall", "async save, durable", *loads}
     assert all({"ckpt", "dcp"} <= set(systems) for systems in tasks.values())
+
+
+@pytest.mark.multirank
+@pytest.mark.timeout(300)
+def test_training_reports_what_each_system_takes_from_a_loop(tmp_path: Path) -> None:
+    variants = report("training", tmp_path)["variants"]
+
+    assert [title.split(",")[0] for title in variants] == ["gpt", "gpt", "small"]
+    for found in variants.values():
+        assert {"nothing", "ckpt", "dcp.async_save", "dcp.async_save, stager kept"} <= set(found["results"])
+        saved = [row for name, row in found["results"].items() if name != "nothing"]
+        figures = {"overhead_median_s", "stall_median_s", "tail_median_s", "cpu_extra_median_s", "step_median_s"}
+        assert all(figures <= set(row) for row in saved)
+        assert all(rate > 0 for rate in found["limits"].values())
+    assert {"ckpt, blocking", "dcp.save"} <= set(variants[next(iter(variants))]["results"])
+
+
+@pytest.mark.multirank
+@pytest.mark.timeout(300)
+def test_first_reports_the_first_save_of_a_process_beside_the_others(tmp_path: Path) -> None:
+    results = report("first", tmp_path)["results"]
+
+    assert set(results) == {"ckpt, blocking", "ckpt, background", "ckpt, not prepared", "dcp.save"}
+    assert all(row["first_s"] > 0 and row["first_ratio"] > 0 for row in results.values())
+
+
+@pytest.mark.multirank
+@pytest.mark.timeout(300)
+def test_host_memory_reports_the_peak_beside_the_budget(tmp_path: Path) -> None:
+    results = report("host_memory", tmp_path)["results"]
+
+    assert results["ckpt, 2 images"]["budget_mb"] == pytest.approx(2 * results["ckpt, 1 image"]["budget_mb"], abs=0.1)
+    assert all(row["extra_mb"] > 0 for row in results.values())
+
+
+@pytest.mark.multirank
+@pytest.mark.timeout(300)
+def test_s3_reports_ckpt_beside_bare_objects(tmp_path: Path) -> None:
+    tasks = report("s3", tmp_path)["results"]
+
+    assert {task: set(systems) for task, systems in tasks.items()} == {
+        "save": {"ckpt", "bare objects"},
+        "load": {"ckpt", "bare objects"},
+    }
+
+
+def test_a_report_is_drawn_as_one_picture(tmp_path: Path) -> None:
+    row = {"ckpt": {"median_s": 1.0}, "dcp": {"median_s": 2.0}}
+    draw({"benchmark": "any", "machine": {}, "results": {"save": row, "load": row}}, tmp_path / "out" / "any.png")
+
+    assert (tmp_path / "out" / "any.png").read_bytes().startswith(b"\x89PNG")

@@ -37,6 +37,7 @@ class DictStore:
     files: Files
     url: str = "memory"
     conditional_create: bool = True
+    local_files: bool = False
     reads: list[int] = field(default_factory=list)
 
     def read(self, key: str, start: int = 0, stop: int | None = None) -> bytes:
@@ -74,7 +75,11 @@ class DictStore:
 def saved(folder: Path, state: dict[str, Any], step: int = 1) -> Files:
     """The files of a checkpoint of `state`, by key."""
     ckpt.save(state, folder, step=step, metrics={"loss": 2.5}, metadata={"note": "x"})
-    return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
+    return {
+        str(path.relative_to(folder)): path.read_bytes()
+        for path in sorted(folder.rglob("step-*/**/*"))
+        if path.is_file()
+    }
 
 
 def everything(files: Files, step: int = 1) -> dict[str, Any]:

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 import ckpt
-from ckpt.commit import find
+from ckpt.commit import find, names
 from ckpt.commit.gc import collect_garbage
 from ckpt.store.base import Store
 from ckpt.store.open import open_store
@@ -37,12 +37,12 @@ def check_run(url: str, complete: list[int], storage: StorageOptions = None) -> 
         kept = {entry.key for step in complete for entry in _complete_attempt(store, step)}
         collect_garbage(store, options=PATIENT, force_unfinished=True)
         assert find.steps(store) == complete
-        left = {entry.key for entry in store.list("")}
+        left = {entry.key for entry in store.list("") if not entry.key.startswith(names.EVENTS)}
         manifests = {f"step-{step:012d}/manifest.json" for step in complete}
         assert left == kept | manifests, "gc left something, or took too much"
     if "://" not in url:
-        names = {str(path.relative_to(url)) for path in Path(url).rglob("*") if path.is_file()}
-        assert names == left, "unfinished files are left"
+        files = {path.relative_to(url).as_posix() for path in Path(url).rglob("*") if path.is_file()}
+        assert {file for file in files if not file.startswith(names.EVENTS)} == left, "unfinished files are left"
     _check_steps(url, complete, storage)
 
 

@@ -105,6 +105,8 @@ def held(specs: list[TensorSpec], boxes: list[list[Box]], arrays: list[np.ndarra
 class MemoryStore:
     """Only what the reader needs."""
 
+    local_files = False
+
     def __init__(self, files: list[np.ndarray]) -> None:
         self.files = files
 

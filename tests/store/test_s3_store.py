@@ -180,6 +180,18 @@ def test_no_more_parts_are_in_memory_than_there_are_slots(moto_s3: S3Server) -> 
     assert store.read("image1") == data
 
 
+@pytest.mark.parametrize("server", ["moto_s3", "rclone_s3"])
+def test_memory_that_lasts_is_sent_as_parts_without_a_copy(server: str, request: pytest.FixtureRequest) -> None:
+    store = open_at(request.getfixturevalue(server), options=QUICK)
+    data = os.urandom(5 * MIB)
+    image = memoryview(b"".join([data, data, data[: 3 * MIB]]))
+    writer = store.open_writer("image", nbytes=len(image))
+    for start in range(0, len(image), 7 * MIB):
+        writer.write_lasting(image[start : start + 7 * MIB])  # type: ignore[attr-defined]
+    writer.commit()
+    assert store.read("image") == bytes(image)
+
+
 @pytest.mark.parametrize("nbytes", [None, 0, 1, 5 * MIB, 10**11, 5 * 10**12])
 def test_parts_keep_within_the_limits_of_s3(nbytes: int | None) -> None:
     size = part_size(nbytes, 16 * MIB)

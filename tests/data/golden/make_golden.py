@@ -121,7 +121,7 @@ class ThreadWorld:
         self._shared["barrier"].wait(DEADLINE_S)
         return out
 
-    def all_to_all(self, parts: list[np.ndarray[Any, Any]], sizes: list[int]) -> list[np.ndarray[Any, Any]]:
+    def all_to_all(self, send: Any, sizes: list[int], receive: Any, incoming: list[int]) -> None:
         raise NotImplementedError
 
 

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from ckpt.engine.pack import Packer, make_program
 from numpy.typing import NDArray
 
 from ckpt.format.checksum import block_ranges
@@ -15,6 +14,7 @@ from ckpt.format.image import lay_out
 from ckpt.format.spec import PieceTable, TensorSpec
 from ckpt.kernels import crc32c
 from ckpt.layout.box import BoxTable
+from ckpt.snapshot.pack import Packer, bind, make_program
 
 ARRAYS = [
     np.random.default_rng(0).standard_normal((300, 70)).astype(np.float32),
@@ -47,12 +47,12 @@ def test_one_pass_gives_the_same_image_and_checksums(chunk_bytes: int, block_byt
     )
     images = []
     for one_pass in (True, False):
-        packer = Packer(program, pieces, payloads, threads=2)
+        packer = Packer(bind(program, pieces), payloads, threads=2)
         image = np.zeros(layout.total_bytes, np.uint8)
         for chunk in range(program.num_chunks):
             low, high = program.chunk_range(chunk)
             if one_pass:
-                packer.fill_and_checksum(chunk, image[low:high])
+                packer.pack(chunk, image[low:high])
             else:
                 packer.fill(chunk, image[low:high])
                 packer.checksum(chunk, image[low:high])
