@@ -39,7 +39,7 @@ from ckpt.plan.read import ReadPlan
 
 AMPLIFICATION_MAX = 1.02  # bytes read by all ranks over bytes wanted by any, above which ranks share their reads
 # The same for files of one host, where reading twice costs less than passing on: docs/explanation/performance.md.
-AMPLIFICATION_MAX_LOCAL = 3.0
+AMPLIFICATION_MAX_LOCAL = 2.5
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,7 +55,7 @@ def read_together(
     stored: StoredCheckpoint, pieces: PieceTable, world: World, *, progress: Progress | None = None
 ) -> ReadBytes:
     """Fill `pieces`. Ranks share their reads when `options.exchange` says so, or when it is "auto" and reading alone would
-    fetch more than 1.02 times the bytes that any rank wants (3 times, where the files and all ranks are on one host)."""
+    fetch more than 1.02 times the bytes that any rank wants (2.5 times, where the files and all ranks are on one host)."""
     fragments, plan, error = None, None, None
     try:
         fragments = stored.fragments(np.unique(pieces.boxes.tensor))

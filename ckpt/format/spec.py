@@ -5,6 +5,7 @@ In: nothing. Out: `TensorSpec`, `PieceTable`, `StoredObject`. Pure. The common v
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -60,10 +61,13 @@ def _is_name(name: str) -> bool:
 
 def global_shapes(specs: Sequence[TensorSpec], num_dims: int) -> Int64Array:
     """[T, D] shapes, padded with 1. A tensor of more dims has no box in a table of `num_dims` dims: its row is cut."""
+    dims = np.fromiter((len(spec.shape) for spec in specs), np.int64, len(specs))
+    flat = np.fromiter(itertools.chain.from_iterable(spec.shape for spec in specs), np.int64, int(dims.sum()))
+    starts = np.cumsum(dims) - dims
     out = np.ones((len(specs), num_dims), np.int64)
-    for row, spec in enumerate(specs):
-        shape = spec.shape[:num_dims]
-        out[row, : len(shape)] = shape
+    for dim in range(num_dims):
+        rows = np.flatnonzero(dims > dim)
+        out[rows, dim] = flat[starts[rows] + dim]
     return out
 
 

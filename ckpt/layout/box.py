@@ -115,7 +115,9 @@ class BoxTable:
 
     def volumes(self) -> Int64Array:
         """[N] number of elements of each box."""
-        out: Int64Array = np.prod(self.lengths, axis=1, dtype=np.int64)
+        out = np.ones(len(self), np.int64)
+        for dim in range(self.num_dims):  # a product over a short axis is several times slower
+            out *= self.lengths[:, dim]
         return out
 
     def take(self, rows: NDArray[np.integer] | NDArray[np.bool_]) -> BoxTable:

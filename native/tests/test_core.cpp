@@ -10,8 +10,8 @@
 #include <algorithm>
 #include <atomic>
 #include <cstdint>
-#include <cstdlib>
 #include <cstdio>
+#include <cstdlib>
 #include <cstring>
 #include <memory>
 #include <random>
@@ -466,6 +466,73 @@ void test_many_callers_at_once() {
   for (const bool one : right) CHECK(one);
 }
 
+// A file of random bytes that is gone when this is.
+struct File {
+  std::vector<unsigned char> bytes;
+  int fd = -1;
+
+  File(Rng& rng, size_t nbytes) : bytes(nbytes) {
+    for (unsigned char& byte : bytes) byte = static_cast<unsigned char>(draw(rng, 0, 255));
+    char name[] = "/tmp/ckpt-core-XXXXXX";
+    fd = mkstemp(name);
+    unlink(name);
+    size_t done = 0;
+    while (fd >= 0 && done < nbytes) {
+      const ssize_t count = write(fd, bytes.data() + done, nbytes - done);
+      if (count <= 0) break;
+      done += static_cast<size_t>(count);
+    }
+    CHECK(done == nbytes);
+  }
+  ~File() { close(fd); }
+};
+
+// Chunks of one file, each one block and one box of every other byte, read by several threads; one chunk is damaged.
+void test_reads_copy_only_out_of_chunks_that_verify() {
+  Rng rng(11);
+  const int64_t chunks = 40, chunk_bytes = 10'000;
+  File file(rng, static_cast<size_t>(chunks * chunk_bytes));
+  const int64_t damaged = 17, half = chunk_bytes / 2;
+  std::vector<int32_t> number(chunks, 0), outcome(chunks, 9);
+  std::vector<int64_t> start, stop, edges{0}, lengths(chunks, half), two(chunks, 2), one(chunks, 1);
+  std::vector<uint32_t> expected, found(chunks, 0);
+  std::vector<uint64_t> source, target, limit;
+  std::unique_ptr<unsigned char[]> to(new unsigned char[static_cast<size_t>(chunks * half)]());
+  for (int64_t c = 0; c < chunks; ++c) {
+    start.push_back(c * chunk_bytes);
+    stop.push_back((c + 1) * chunk_bytes);
+    edges.push_back(c + 1);
+    uint32_t crc = 0;
+    ckpt_crc32c(CKPT_KERNEL_AUTO, file.bytes.data() + c * chunk_bytes, static_cast<uint64_t>(chunk_bytes), 0, &crc);
+    expected.push_back(c == damaged ? ~crc : crc);
+    source.push_back(static_cast<uint64_t>(c * chunk_bytes));
+    target.push_back(reinterpret_cast<uintptr_t>(to.get()) + static_cast<uint64_t>(c * half));
+    limit.push_back(target.back() + static_cast<uint64_t>(half));
+  }
+  const int32_t none = -1, threads = 4;
+  const int64_t room = 5 * CKPT_READ_ALIGN;
+  void* buffer = std::aligned_alloc(CKPT_READ_ALIGN, static_cast<size_t>(room * threads));
+  ckpt_reads reads{&file.fd, &none, 1, number.data(), start.data(), stop.data(), chunks, edges.data(), start.data(),
+                   stop.data(), expected.data(), edges.data(),
+                   {source.data(), nullptr, target.data(), limit.data(), lengths.data(), two.data(), one.data(),
+                    one.data(), chunks, 1},
+                   buffer, room, CKPT_KERNEL_AUTO, CKPT_READ_AUTO, threads, 0};
+  ckpt_read_results results{outcome.data(), found.data(), 0, 0, 0};
+  int64_t bad_row = 0;
+  CHECK(ckpt_read_chunks(&reads, &results, &bad_row) == CKPT_OK && bad_row == -1);
+  for (int64_t c = 0; c < chunks; ++c) {
+    CHECK(outcome[static_cast<size_t>(c)] == (c == damaged ? CKPT_READ_DAMAGED : CKPT_READ_DONE));
+    for (int64_t i = 0; i < half; ++i)
+      CHECK(to[static_cast<size_t>(c * half + i)] ==
+            (c == damaged ? 0 : file.bytes[static_cast<size_t>(c * chunk_bytes + 2 * i)]));
+  }
+  limit[3] -= 1;
+  CHECK(ckpt_read_chunks(&reads, &results, &bad_row) == CKPT_TARGET_OUT_OF_BOUNDS && bad_row == 3);
+  reads.buffer_bytes = 2 * CKPT_READ_ALIGN;
+  CHECK(ckpt_read_chunks(&reads, &results, &bad_row) == CKPT_BAD_ARGUMENT);
+  std::free(buffer);
+}
+
 }  // namespace
 
 int main() {
@@ -480,6 +547,7 @@ int main() {
   test_parts_or_segments_at_fault_are_refused_and_nothing_written();
   test_hostile_numbers_in_parts_are_survived();
   test_writes_survive_short_interrupted_and_refused_calls();
+  test_reads_copy_only_out_of_chunks_that_verify();
   test_many_callers_at_once();
   std::printf("%s\n", failures == 0 ? "all core tests passed" : "core tests FAILED");
   return failures == 0 ? 0 : 1;
