@@ -106,9 +106,9 @@ def contents(checkpoint: Checkpoint) -> dict[str, Any]:
 class OpenedOnce:
     """A checkpoint whose index is read once, while its images change: quick enough to try every byte of an image."""
 
-    def __init__(self, files: Files) -> None:
+    def __init__(self, files: Files, step: int = 1) -> None:
         self.store = DictStore(dict(files))
-        stored = StoredCheckpoint(self.store, 1, OPTIONS)
+        stored = StoredCheckpoint(self.store, step, OPTIONS)
         table = stored.fragments()
         stored.fragments = lambda tensors=None: table  # type: ignore[method-assign]
         self.checkpoint = Checkpoint(stored)

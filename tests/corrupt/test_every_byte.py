@@ -14,6 +14,7 @@ import torch
 from ckpt.errors import DamagedError, NotFoundError, VersionError
 from tests.corrupt.damaged_copies import Files, OpenedOnce, everything, outcome, parts_of, saved
 
+REFERENCES = Path(__file__).resolve().parents[1] / "data" / "golden" / "v1" / "references"
 STATE = {
     "model": {"w": torch.arange(12, dtype=torch.int16).reshape(3, 4), "s": torch.tensor(2.5), "e": torch.empty(0, 2)},
     "extra": {"lr": 0.5, "name": "x"},
@@ -54,6 +55,26 @@ def test_a_flip_of_any_byte_of_an_image_gives_equal_data_or_a_refusal(files: Fil
     for at in [*range(1024), *range(1024, header, 16), *range(header, len(data))]:
         found = opened.outcome(key, changed(data, at, mask(at)))
         assert found == expected if at < header else found is DamagedError, (at, found)
+
+
+def test_a_flip_in_a_checkpoint_with_references_is_refused_too() -> None:
+    """Of its own files and of the images of other steps: header flips are for `verify`, as ever."""
+    files = {
+        str(p.relative_to(REFERENCES)): p.read_bytes() for p in sorted(REFERENCES.rglob("step-*/**/*")) if p.is_file()
+    }
+    expected = everything(files, step=3)
+    own = [key for key in files if key.startswith("step-000000000003/") and not key.endswith(".safetensors")]
+    for key in own:
+        for at in range(0, len(files[key]), 13):
+            found = outcome({**files, key: changed(files[key], at, mask(at))}, step=3)
+            assert found in (DamagedError, VersionError), (key, at, found)
+    opened, damaged = OpenedOnce(files, step=3), set()
+    for key in (key for key in files if key.endswith(".safetensors")):
+        for at in range(4096, len(files[key]), 9):
+            found = opened.outcome(key, changed(files[key], at, mask(at)))
+            assert found is DamagedError or found == expected
+            damaged |= {key[:17]} if found is DamagedError else set()
+    assert damaged == {f"step-{step:012d}" for step in (1, 2, 3)}
 
 
 @pytest.mark.parametrize("suffix", [*INDEX, ".safetensors"])

@@ -405,7 +405,8 @@ def test_fragments_of_replicas_may_lie_with_whoever_wrote_them(tmp_path: Path) -
     second = stored(tmp_path, 2)
     assert verify(second).findings == []
     referred = sum(one.used_bytes for one in second.manifest.references)
-    assert referred == 8 * 4096 * 4 and first.manifest.tensor_bytes == referred
+    assert referred >= 7 * 4096 * 4  # at most the one that is cut elsewhere now was written again
+    assert first.manifest.tensor_bytes == 8 * 4096 * 4
 
 
 @pytest.mark.parametrize(
