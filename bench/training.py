@@ -175,7 +175,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     steps, every, repeats, step_s = args.steps, args.every, args.repeats, args.step_s
     if args.tiny:
         sizes = {"gpt": {"layers": 1, "width": 32, "vocabulary": 257}, "small": {"num": 100}}
-        steps, every, repeats, step_s = 6, 2, 1, [0.01, 0.02]
+        steps, every, repeats, step_s = 6, 2, 0, [0.01, 0.02]
     options.check_space(args.dir, (COPIES + steps // every) * nbytes(gpt_shapes(**sizes["gpt"])))
     variants: dict[str, Any] = {}
     with options.scratch(args.dir) as folder:

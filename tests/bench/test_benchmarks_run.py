@@ -95,7 +95,9 @@ def test_first_reports_the_first_save_of_a_process_beside_the_others(tmp_path: P
 def test_host_memory_reports_the_peak_beside_the_budget(tmp_path: Path) -> None:
     results = report("host_memory", tmp_path)["results"]
 
-    assert results["ckpt, 2 images"]["budget_mb"] == pytest.approx(2 * results["ckpt, 1 image"]["budget_mb"], abs=0.1)
+    assert results["ckpt, 2 images"]["budget_mb"] == pytest.approx(
+        2 * results["ckpt, 1 image"]["budget_mb"], abs=0.2
+    )  # rounded
     assert all(row["extra_mb"] > 0 for row in results.values())
 
 
