@@ -114,30 +114,15 @@ def read_chunks(
     Raises:
         InvalidInputError: a chunk, block or box that does not fit. Nothing was read.
     """
-    num_files, num_chunks = len(descriptors), len(chunks.file)
-    num_blocks, shape = len(chunks.block_start), (len(chunks.source), np.shape(chunks.lengths)[1])
+    num_chunks, num_blocks = len(chunks.file), len(chunks.block_start)
     threads = min(thread_count(threads), _THREADS_MAX, max(num_chunks, 1))
     room = buffer_nbytes(chunks)
     outcome = np.full(num_chunks, Outcome.NOT_READ, np.int32)
     found = np.zeros(num_blocks, np.uint32)
     columns = {
-        "fd": integer_column("descriptors", descriptors, np.int32, (num_files,)),
-        "direct_fd": integer_column("direct", direct, np.int32, (num_files,)),
-        "file": integer_column("file", chunks.file, np.int32, (num_chunks,)),
-        "start": integer_column("start", chunks.start, np.int64, (num_chunks,)),
-        "stop": integer_column("stop", chunks.stop, np.int64, (num_chunks,)),
-        "block_starts": integer_column("block_starts", chunks.block_starts, np.int64, (num_chunks + 1,)),
-        "block_start": integer_column("block_start", chunks.block_start, np.int64, (num_blocks,)),
-        "block_stop": integer_column("block_stop", chunks.block_stop, np.int64, (num_blocks,)),
-        "block_crc": integer_column("block_crc", chunks.block_crc, np.uint32, (num_blocks,)),
-        "copy_starts": integer_column("copy_starts", chunks.copy_starts, np.int64, (num_chunks + 1,)),
-        "source": integer_column("source", chunks.source, np.uint64, shape[:1]),
-        "target": integer_column("target", chunks.target, np.uint64, shape[:1]),
-        "target_limit": integer_column("target_limit", chunks.target_limit, np.uint64, shape[:1]),
-        "lengths": integer_column("lengths", chunks.lengths, np.int64, shape),
-        "source_strides": integer_column("source_strides", chunks.source_strides, np.int64, shape),
-        "target_strides": integer_column("target_strides", chunks.target_strides, np.int64, shape),
-        "itemsize": integer_column("itemsize", chunks.itemsize, np.int64, shape[:1]),
+        "fd": integer_column("descriptors", descriptors, np.int32, (len(descriptors),)),
+        "direct_fd": integer_column("direct", direct, np.int32, (len(descriptors),)),
+        **_columns(chunks),
     }
     if choice.demanded() == choice.REFERENCE:
         status, row, direct_nbytes, cached_nbytes, refused = reference.read_chunks(
@@ -165,3 +150,26 @@ def read_chunks(
         cached_nbytes=cached_nbytes,
         direct_refused=refused,
     )
+
+
+def _columns(chunks: Chunks) -> dict[str, NDArray[np.integer]]:
+    """Checked, and as the kernels take them."""
+    num_chunks, num_blocks = len(chunks.file), len(chunks.block_start)
+    shape = (len(chunks.source), np.shape(chunks.lengths)[1])
+    return {
+        "file": integer_column("file", chunks.file, np.int32, (num_chunks,)),
+        "start": integer_column("start", chunks.start, np.int64, (num_chunks,)),
+        "stop": integer_column("stop", chunks.stop, np.int64, (num_chunks,)),
+        "block_starts": integer_column("block_starts", chunks.block_starts, np.int64, (num_chunks + 1,)),
+        "block_start": integer_column("block_start", chunks.block_start, np.int64, (num_blocks,)),
+        "block_stop": integer_column("block_stop", chunks.block_stop, np.int64, (num_blocks,)),
+        "block_crc": integer_column("block_crc", chunks.block_crc, np.uint32, (num_blocks,)),
+        "copy_starts": integer_column("copy_starts", chunks.copy_starts, np.int64, (num_chunks + 1,)),
+        "source": integer_column("source", chunks.source, np.uint64, shape[:1]),
+        "target": integer_column("target", chunks.target, np.uint64, shape[:1]),
+        "target_limit": integer_column("target_limit", chunks.target_limit, np.uint64, shape[:1]),
+        "lengths": integer_column("lengths", chunks.lengths, np.int64, shape),
+        "source_strides": integer_column("source_strides", chunks.source_strides, np.int64, shape),
+        "target_strides": integer_column("target_strides", chunks.target_strides, np.int64, shape),
+        "itemsize": integer_column("itemsize", chunks.itemsize, np.int64, shape[:1]),
+    }
