@@ -41,6 +41,7 @@ from ckpt.store.base import Store
 from ckpt.store.open import open_store
 
 _ABANDON_S = 5.0  # a save that is given up has so long to notice
+_EVENTS_S = 5.0  # the last events have so long to be told when a run is closed
 _log = logging.getLogger("ckpt")
 
 State = Mapping[str, Any]
@@ -80,6 +81,7 @@ class Run:
         self._session = SaveSession(self.store, self.world, self.options)
         self._collector = Collector()
         self._background = Worker("ckpt-save", self.options.flush_nice)
+        self._telling = Worker("ckpt-events", self.options.flush_nice)
         self._on_their_way: deque[tuple[PendingSave, Attempt | None]] = deque()
         self._failed: list[tuple[PendingSave, BaseException]] = []  # that nobody was told of yet
         self.skipped = 0  # saves, by the policy `when_busy`
@@ -208,7 +210,7 @@ class Run:
         error: str = "",
         operation: Operation = "save",
     ) -> None:
-        """Tell the events on the background thread: a log in an object store takes a request."""
+        """Tell the events on a thread of their own: a log in an object store takes requests."""
         tell = functools.partial(
             self.events.tell,
             timeline,
@@ -221,7 +223,7 @@ class Run:
             outcome=outcome,
             error=error,
         )
-        self._background.submit(tell)
+        self._telling.submit(tell)
 
     # the saves on their way
 
@@ -326,7 +328,12 @@ class Run:
         finally:
             self._background.close()
             self._session.close()
-            self.events.close()
+            if self._telling.close(_EVENTS_S):
+                self.events.close()
+            else:
+                _log.warning(
+                    "events of %s are lost: their log did not take them within %.0f s", self.store.url, _EVENTS_S
+                )
             self.store.close()
 
     def _wait_within(self, grace_s: float) -> bool:

@@ -41,12 +41,15 @@ class Worker:
         self._tasks.put((future, task))
         return future
 
-    def close(self) -> None:
-        """Finish what was submitted and stop the thread."""
+    def close(self, timeout_s: float | None = None) -> bool:
+        """Finish what was submitted and stop the thread. False: it is still at it after `timeout_s` seconds, and left alone."""
         if self._thread is not None:
             self._tasks.put(None)
-            self._thread.join()
+            self._thread.join(timeout_s)
+            if self._thread.is_alive():
+                return False
             self._thread = None
+        return True
 
     def _run(self) -> None:
         set_thread_nice(self._nice)

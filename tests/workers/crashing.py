@@ -30,6 +30,7 @@ SHORT_EXCHANGE_TIMEOUT_S = 4.0  # where a rank is missing in it
 ROWS, COLUMNS = 96, 64
 PATIENT = Options(exchange_timeout_s=EXCHANGE_TIMEOUT_S, commit_timeout_s=30.0, chunk_bytes=4096, poll_max_s=0.05)
 OPTIONS = dataclasses.replace(PATIENT, commit_timeout_s=COMMIT_TIMEOUT_S, outcome_grace_s=OUTCOME_GRACE_S)
+SCRIPTED = dataclasses.replace(OPTIONS, events=False)  # the log would take a share of the scripted faults
 SHORT_REQUESTS = dataclasses.replace(OPTIONS, store_attempts=2, connect_timeout_s=1.0, read_timeout_s=2.0)
 
 Outcome = dict[str, Any]
@@ -144,7 +145,7 @@ def store_hiccup_in_steady_state(url: str, script: str, methods: list[str]) -> l
             return faulty[0]
 
         ckpt.engine.run.open_store = open_faulty  # type: ignore[assignment]
-    with ckpt.Checkpointer(url, every=1, background=False, options=OPTIONS) as run:
+    with ckpt.Checkpointer(url, every=1, background=False, options=SCRIPTED) as run:
         run.step(1, state)
         if faulty:
             faulty[0]._script = parse_script(script)
@@ -168,7 +169,7 @@ def scripted_second_save(url: str, script_of: dict[int, tuple[str, list[str]]], 
         script, methods = script_of[dist.get_rank()]
         ckpt.engine.run.open_store = lambda *a, **k: FaultyStore(plain(*a, **k), script, methods=frozenset(methods))  # type: ignore[assignment,return-value]
     try:
-        run = ckpt.Checkpointer(url, every=1, background=mode == "async", options=OPTIONS)
+        run = ckpt.Checkpointer(url, every=1, background=mode == "async", options=SCRIPTED)
         return outcome_of(lambda: _wait(run.step(2, state)))
     finally:
         ckpt.engine.run.open_store = plain
