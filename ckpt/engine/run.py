@@ -37,6 +37,7 @@ from ckpt.format.spec import LocalState
 from ckpt.layout.layout import Layout
 from ckpt.snapshot import fence
 from ckpt.state import Collector
+from ckpt.state.memory import collector_paused
 from ckpt.store.base import Store
 from ckpt.store.open import open_store
 
@@ -105,6 +106,12 @@ class Run:
         self._retire()
         return saved
 
+    @collector_paused()
+    def _begin(self, state: State, request: Request, layout: Layout | None, timeline: Timeline) -> Attempt:
+        """Collect and stage. Without the cyclic collector, which would look at what is gone again on return."""
+        local, error = self._collect(state, layout, timeline, stage_devices=False)
+        return self._session.stage(local, request, error, timeline, fence.guarded(local))
+
     def async_save(self, state: State, request: Request, layout: Layout | None) -> PendingSave:
         """Begin to copy the state, return, go on in the background. All ranks call."""
         timeline = Timeline()
@@ -112,9 +119,7 @@ class Run:
             return self._skip(request.step, timeline)
         failed = self._first_failure()
         try:
-            local, error = self._collect(state, layout, timeline, stage_devices=False)
-            guarded = fence.guarded()
-            attempt = self._session.stage(local, request, error, timeline, guarded)
+            attempt = self._begin(state, request, layout, timeline)
         except BaseException as problem:
             # The other ranks will find this save failed; it keeps its place, so that all act upon it at the same call.
             self._on_their_way.append((PendingSave.over(request.step, timeline, problem), None))

@@ -13,7 +13,7 @@ from __future__ import annotations
 import itertools
 import threading
 import weakref
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -25,6 +25,7 @@ from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
 from ckpt.errors import InvalidInputError
+from ckpt.format.spec import LocalState
 from ckpt.state.fenced import fenced_storages
 
 Storages = NDArray[np.uint64]  # where torch storages begin, which is how pieces and tensors are matched
@@ -47,10 +48,10 @@ class _Guard:
     handles: list[Any] = field(default_factory=list)
     turn: int = 0  # when it stepped last, counted over all optimizers
 
-    def storages(self) -> Storages:
-        """Of everything that changes when the optimizer steps."""
+    def storages(self, known: Mapping[int, int] | None = None) -> Storages:
+        """Of everything that changes when the optimizer steps, ascending."""
         optimizer = self.optimizer()
-        found = set() if optimizer is None else fenced_storages([optimizer])
+        found = set() if optimizer is None else fenced_storages([optimizer], known)
         for reference in self.also:
             owner = reference()
             found |= {_storage_of(tensor) for tensor in (() if owner is None else _tensors_in(owner))}
@@ -60,6 +61,7 @@ class _Guard:
 _guards: weakref.WeakKeyDictionary[Optimizer, _Guard] = weakref.WeakKeyDictionary()
 _waiting: list[Waiting] = []
 _lock = threading.Lock()
+_MAY_HOLD = (Optimizer, dict, list, tuple)  # an optimizer, or one inside
 _turns = itertools.count(1)
 
 
@@ -119,10 +121,21 @@ def fence() -> None:
         one.hold(None)
 
 
-def guarded() -> list[Storages]:
+def guarded(local: LocalState) -> list[Storages]:
     """The storages that a fence guards, one entry per optimizer, in the order in which they stepped last."""
-    guards = sorted((guard for guard in list(_guards.values())), key=lambda guard: guard.turn)
-    return [guard.storages() for guard in guards]
+    if not _guards:
+        return []
+    known = local.storages()
+    return [guard.storages(known) for guard in sorted(_guards.values(), key=lambda guard: guard.turn)]
+
+
+def lies_in(storage: Storages, storages: Storages) -> NDArray[np.bool_]:
+    """[N] which of `storage` are among the ascending `storages`."""
+    if not len(storages):
+        return np.zeros(len(storage), bool)
+    at = np.minimum(np.searchsorted(storages, storage), len(storages) - 1)
+    out: NDArray[np.bool_] = storages[at] == storage
+    return out
 
 
 def add(one: Waiting) -> None:
@@ -135,13 +148,10 @@ def find_optimizers(state: Any) -> Iterator[Optimizer]:
     """The optimizers in a user's state: values, and those inside lists, tuples and dicts."""
     if isinstance(state, Optimizer):
         yield state
-    elif isinstance(state, dict):
-        for value in state.values():
-            if isinstance(value, Optimizer | dict | list | tuple):
-                yield from find_optimizers(value)
-    elif isinstance(state, list | tuple):
-        for value in state:
-            if isinstance(value, Optimizer | dict | list | tuple):
+    elif isinstance(state, dict | list | tuple):
+        values = list(state.values()) if isinstance(state, dict) else state
+        if any(issubclass(kind, _MAY_HOLD) for kind in set(map(type, values))):
+            for value in values:
                 yield from find_optimizers(value)
 
 

@@ -62,8 +62,9 @@ class Staging:
         """
         program, packer = self._program, self._packer
         on_device = self._devices.start(packer, self._image)
-        fenced = np.concatenate(guarded) if guarded else np.empty(0, np.uint64)
-        self._late = np.isin(packer.sources.storage, fenced) & ~on_device
+        for storages in guarded:
+            self._late |= fence.lies_in(packer.sources.storage, storages)
+        self._late &= ~on_device
         packer.copy_parts(np.flatnonzero(~self._late & ~on_device), self._image, 0)
         for chunk in range(program.num_chunks):
             low, high = program.chunk_range(chunk)
@@ -83,7 +84,7 @@ class Staging:
         if len(guarded) > 1:
             storage = self._packer.sources.storage
             for number in reversed(range(len(guarded))):
-                turn[chunk_of[np.isin(storage, guarded[number])]] = number
+                turn[chunk_of[fence.lies_in(storage, guarded[number])]] = number
         return [int(chunk) for chunk in np.argsort(turn, kind="stable") if self._state[chunk] == _WAITING]
 
     def run(self) -> None:
@@ -168,7 +169,7 @@ class Staging:
     def _chunks_of(self, storages: fence.Storages | None) -> list[int]:
         if storages is None:
             return self._order
-        rows = self._late & np.isin(self._packer.sources.storage, storages)
+        rows = self._late & fence.lies_in(self._packer.sources.storage, storages)
         wanted = set(np.unique(self._program.position[rows] // self._program.chunk_bytes).tolist())
         return [chunk for chunk in self._order if chunk in wanted]
 

@@ -19,13 +19,17 @@ from ckpt.state.tensors import memory_problem
 _CONTAINERS = (list, tuple)  # of slots: LBFGS keeps its history in lists
 
 
-def fenced_storages(optimizers: Iterable[Optimizer]) -> set[int]:
+def fenced_storages(optimizers: Iterable[Optimizer], known: Mapping[int, int] | None = None) -> set[int]:
     """Addresses at which the storages begin of all parameters in `param_groups` and all tensors in `state`.
 
     To be compared with `LocalState.storage_of_piece`. Of a DTensor it is the storage of the local tensor. Storages
     without memory are left out, and tensors that cannot be saved. Cheap enough for every save: an optimizer makes its
     state at its first step, and may make more of it later.
+
+    Args:
+        known: storages of tensors by their ids, as `LocalState.storages` gives them; others are looked at.
     """
+    known = known or {}
     tensors: list[torch.Tensor] = []
     for optimizer in optimizers:
         for one in {id(part): part for part in (optimizer, inner_optimizer(optimizer))}.values():
@@ -33,10 +37,12 @@ def fenced_storages(optimizers: Iterable[Optimizer]) -> set[int]:
                 tensors += group["params"]
             for slots in one.state.values():
                 _add(tensors, slots)
-    memory = [tensor._local_tensor if isinstance(tensor, DTensor) else tensor for tensor in tensors]
-    starts = {tensor.untyped_storage().data_ptr() for tensor in memory if memory_problem(tensor) is None}
-    starts.discard(0)
-    return starts
+    starts = set(map(known.get, map(id, tensors)))
+    if None in starts:
+        rest = [tensor for tensor in tensors if id(tensor) not in known]
+        memory = [tensor._local_tensor if isinstance(tensor, DTensor) else tensor for tensor in rest]
+        starts |= {tensor.untyped_storage().data_ptr() for tensor in memory if memory_problem(tensor) is None}
+    return {start for start in starts if start}
 
 
 def _add(tensors: list[torch.Tensor], value: Any) -> None:

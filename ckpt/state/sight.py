@@ -81,6 +81,11 @@ class Sight:
     owners: list[object]  # of the memory of each tensor that was looked at: its storage, or a tensor on a device
     leaves: dict[str, list[Any]]  # values that are no tensors, by entry
     values: dict[str, Any]  # what `state_dict()` gave, by entry
+    tensors: list[torch.Tensor]  # that were looked at, in the order of the facts
+
+    def storages(self) -> dict[int, int]:
+        """Where the storage of each tensor begins, by the id of the tensor; as long as the state holds it."""
+        return dict(zip(map(id, self.tensors), self.facts.starts, strict=True))
 
 
 class _NeedsWalkError(Exception):
@@ -95,7 +100,13 @@ def look(entries: Sequence[Entry], names: Iterable[tuple[str, torch.Tensor]]) ->
         looker.measure()
     except (_NeedsWalkError, NotImplementedError, RuntimeError):  # torch raises the others for what has no storage
         return None
-    return Sight(facts=looker.facts, owners=looker.owners, leaves=looker.leaves, values=looker.values)
+    return Sight(
+        facts=looker.facts,
+        owners=looker.owners,
+        leaves=looker.leaves,
+        values=looker.values,
+        tensors=looker.tensors,
+    )
 
 
 def same_leaf(one: Any, other: Any) -> bool:
@@ -117,7 +128,7 @@ class _Looker:
         self.leaves: dict[str, list[Any]] = {}
         self.values: dict[str, Any] = {}
         self._structure = self.facts.structure
-        self._tensors: list[torch.Tensor] = []
+        self.tensors: list[torch.Tensor] = []
         self._numbers: dict[int, int] = {}  # of the tensors by their ids
 
     def look(self, entries: Sequence[Entry], names: Iterable[tuple[str, torch.Tensor]]) -> None:
@@ -131,9 +142,9 @@ class _Looker:
                 self._value(entry.value, self.leaves.setdefault(entry.name, []))
         for name, tensor in names:
             self._structure.append(name)
-            self._tensors.append(tensor)
+            self.tensors.append(tensor)
         if any(entry.kind != "plain" for entry in entries):  # then it matters which of them are one and the same
-            self._structure.append([self._numbers.setdefault(id(t), i) for i, t in enumerate(self._tensors)])
+            self._structure.append([self._numbers.setdefault(id(t), i) for i, t in enumerate(self.tensors)])
         for entry in entries:
             if entry.kind == "other":
                 self._other(entry)
@@ -158,12 +169,12 @@ class _Looker:
         for name, tensor in module._parameters.items():
             if tensor is not None:
                 self._structure.append(name)
-                self._tensors.append(tensor)
+                self.tensors.append(tensor)
         self._structure.append(None)
         for name, buffer in module._buffers.items():
             if buffer is not None and name not in module._non_persistent_buffers_set:
                 self._structure.append(name)
-                self._tensors.append(buffer)
+                self.tensors.append(buffer)
 
     def _other(self, entry: Entry) -> None:
         value = entry.value
@@ -204,7 +215,7 @@ class _Looker:
             self._container(value, leaves, depth)
         elif kind in _TENSORS:
             self._structure.append(kind)
-            self._tensors.append(value)
+            self.tensors.append(value)
         elif isinstance(value, torch.Tensor):
             raise _NeedsWalkError
         else:
@@ -228,11 +239,11 @@ class _Looker:
         kinds = list(map(type, items))
         self._structure += (kind, kinds)
         if set(kinds) <= _TENSORS:
-            self._tensors += items
+            self.tensors += items
             return
         for item, item_kind in zip(items, kinds, strict=True):
             if item_kind in _TENSORS:
-                self._tensors.append(item)
+                self.tensors.append(item)
             elif item_kind in LEAVES:
                 leaves.append(item)
             else:
@@ -240,11 +251,11 @@ class _Looker:
 
     def measure(self) -> None:
         """Take the facts of all tensors, some at a time."""
-        if not set(map(type, self._tensors)) <= _TENSORS:
+        if not set(map(type, self.tensors)) <= _TENSORS:
             raise _NeedsWalkError
-        self.facts.notes = notes_of(self._tensors)
-        for start in range(0, len(self._tensors), _TENSORS_PER_PASS):
-            tensors = self._tensors[start : start + _TENSORS_PER_PASS]
+        self.facts.notes = notes_of(self.tensors)
+        for start in range(0, len(self.tensors), _TENSORS_PER_PASS):
+            tensors = self.tensors[start : start + _TENSORS_PER_PASS]
             self.facts.sizes += map(_tensor.size, tensors)
             self._memory(self._locals(tensors))
 

@@ -147,7 +147,8 @@ class Collector:
                 owner_of=owner_of,
                 names={holder.name: holder.names() for holder in holders if isinstance(holder, OptimizerHolder)},
             )
-        return dataclasses.replace(local, keep_alive=memory.keep_alive)
+        known = dict if sight is None else sight.storages
+        return dataclasses.replace(local, keep_alive=memory.keep_alive, storages=known)
 
     def _again(self, entries: Sequence[Entry], sight: Sight, last: _Last) -> LocalState:
         """The state of the last walk with the objects of now."""
@@ -156,7 +157,8 @@ class Collector:
         local = dataclasses.replace(last.local, objects=_sorted_objects(objects))
         self._last = dataclasses.replace(last, leaves=sight.leaves, local=local)
         owners = sight.owners
-        return dataclasses.replace(local, keep_alive=tuple([owners[index] for index in last.owner_of]))
+        keep_alive = tuple([owners[index] for index in last.owner_of])
+        return dataclasses.replace(local, keep_alive=keep_alive, storages=sight.storages)
 
 
 def _objects_again(entry: Entry, sight: Sight, last: _Last, known: Mapping[str, StoredObject]) -> list[StoredObject]:
