@@ -286,7 +286,7 @@ class Checkpointer:
         `restore` does it, too; it is worth a call of its own once the optimizer has its slots, when nothing was restored.
         """
         self._attach(state)
-        self._run.prepare(state, self._layout)
+        self._run.prepare(state, self._layout, background=self._background)
 
     def step(
         self,

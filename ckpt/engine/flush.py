@@ -38,9 +38,11 @@ class Flusher:
             bytes_per_s=options.write_bytes_per_s_max, burst_bytes=options.chunk_bytes, now_s=time.monotonic()
         )
 
-    def prepare(self) -> None:
-        """Start the thread that writes."""
+    def prepare(self, num_chunks: int) -> None:
+        """Start the thread that writes, and take the buffers for an image of so many chunks that is written without a staging."""
         self._worker.start()
+        while len(self._buffers) < min(self._options.write_buffers, num_chunks):
+            self._buffers.append(allocate(self._options.chunk_bytes))
 
     def write(self, key: str, program: PackProgram, packer: Packer, staging: Staging | None) -> bool:
         """Write the image as `key`: out of `staging`, or through a few buffers without one.
@@ -81,8 +83,7 @@ class Flusher:
 
     def _write_through_buffers(self, program: PackProgram, packer: Packer, writer: Writer) -> None:
         """Fill one buffer while another is written: the host never holds more than `write_buffers` chunks."""
-        while len(self._buffers) < min(self._options.write_buffers, program.num_chunks):
-            self._buffers.append(allocate(self._options.chunk_bytes))
+        self.prepare(program.num_chunks)
         free = deque(self._buffers)
         pending: deque[Future[None]] = deque()
         with _at_rest(pending):

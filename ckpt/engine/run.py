@@ -88,11 +88,11 @@ class Run:
         self.skipped = 0  # saves, by the policy `when_busy`
         LIVE.add(self)
 
-    def prepare(self, state: State, layout: Layout | None) -> None:
+    def prepare(self, state: State, layout: Layout | None, *, background: bool) -> None:
         """Plan, and make ready memory and threads, so that the first save costs what later ones do. All ranks call."""
         self.check()
         local, error = self._collect(state, layout, Timeline(), stage_devices=False)
-        self._session.prepare(local, error)
+        self._session.prepare(local, error, background=background)
         self._background.start()
 
     def save(self, state: State, request: Request, layout: Layout | None) -> Saved:
@@ -139,6 +139,7 @@ class Run:
         self._retire()
         return saved
 
+    @collector_paused()
     def load(
         self,
         state: State,
@@ -150,7 +151,10 @@ class Run:
         include: Sequence[str] | None = None,
         progress: Progress | None = None,
     ) -> Loaded:
-        """Fill `state` from checkpoint `step`, from the newest one when None. All ranks call."""
+        """Fill `state` from checkpoint `step`, from the newest one when None. All ranks call.
+
+        Without the cyclic collector: it took a third of the time of a load of 20,000 tensors, to find nothing.
+        """
         timeline = Timeline()
         stored: StoredCheckpoint | None = None
         try:

@@ -122,17 +122,23 @@ class SaveSession:
         """Plan with the other ranks at the next save. All ranks call, before the same save."""
         self._planner.forget()
 
-    def prepare(self, local: LocalState, error: BaseException | None = None) -> None:
-        """Plan, and take and touch the memory for one image, so that the first save is as fast as later ones. All ranks call."""
+    def prepare(self, local: LocalState, error: BaseException | None = None, *, background: bool = True) -> None:
+        """Plan, and take and touch memory, so that the first save is as fast as later ones. All ranks call.
+
+        Args:
+            background: memory for an image; else for the few buffers of a save that blocks.
+        """
         planned, _ = self._planner.plan(local, step=-1, target=self._store.url, error=error, ahead=True)
         if error is not None:
             raise error
         payloads = [padded_object(obj.payload) for obj in local.objects]
         program = self._planner.program(local, planned, payloads)
         self._sources = bind(program, local.pieces, local.storage_of_piece, self._sources)
-        self._images.give_back(self._images.take(program.layout.total_bytes, pinned=_on_device(local), touched=True))
-        self._copier.start()
-        self._flusher.prepare()
+        if background:
+            nbytes = program.layout.total_bytes
+            self._images.give_back(self._images.take(nbytes, pinned=_on_device(local), touched=True))
+            self._copier.start()
+        self._flusher.prepare(0 if background else program.num_chunks)
 
     def save(
         self, local: LocalState, request: Request, error: BaseException | None = None, timeline: Timeline | None = None

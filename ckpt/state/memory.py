@@ -41,8 +41,8 @@ class HostMemory:
 def collector_paused() -> Iterator[None]:
     """Without Python's cyclic garbage collector, which takes half the time where there are 20,000 tensors to walk.
 
-    For short work that makes many objects, never around a wait. Threads may be in it at once: the first one in turns the
-    collector on again.
+    For work that makes many objects; around a wait only where the thread that trains waits, too (a load). Threads may be in it
+    at once: the first one in turns the collector on again.
     """
     was_on = gc.isenabled()
     gc.disable()
