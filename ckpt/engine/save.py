@@ -179,9 +179,13 @@ class SaveSession:
             pinned = _on_device(local)
             memory = self._images.take(attempt.program.layout.total_bytes, pinned=pinned)
             attempt.staging = Staging(attempt.packer, memory, timeline=attempt.timeline, devices=DeviceCopies(local))
-            if self._options.check_fence:
-                attempt.expected = self._checksums_now(attempt, local)
-            attempt.staging.begin(guarded, attempt.keep_alive)
+            try:
+                if self._options.check_fence:
+                    attempt.expected = self._checksums_now(attempt, local)
+                attempt.staging.begin(guarded, attempt.keep_alive)
+            except BaseException as problem:
+                self._put_back(attempt, problem)
+                raise
             attempt.keep_alive = ()
             self._copier.submit(attempt.staging)
         return attempt

@@ -1,7 +1,7 @@
 """The fence: training waits for copies before it changes what is being copied, and at no other time.
 
-In: optimizers, and what else changes only when they step. Out: a pre-hook on each: before an update it waits until the copies
-of that optimizer's tensors are over. On CUDA its stream waits for an event, not the host. Tensors that no optimizer guards are
+In: optimizers, and what else changes only when they step. Out: a hook before every step: it waits until the copies of that
+optimizer's tensors are over. On CUDA its stream waits for an event, not the host. Tensors that no optimizer guards are
 copied before a save returns, so that whatever nobody told us of cannot go wrong.
 
 `Checkpointer` attaches the optimizers in its state. An optimizer is attached once, however often it is asked. Called on the
@@ -10,6 +10,7 @@ thread that trains; stagings are added and leave on any thread.
 
 from __future__ import annotations
 
+import functools
 import itertools
 import threading
 import weakref
@@ -23,6 +24,7 @@ from numpy.typing import NDArray
 from torch import nn
 from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
+from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from ckpt.errors import InvalidInputError
 from ckpt.format.spec import LocalState
@@ -45,7 +47,7 @@ class Waiting(Protocol):
 class _Guard:
     optimizer: weakref.ref[Optimizer]
     also: list[Any] = field(default_factory=list)  # weak references to modules and tensors
-    handles: list[Any] = field(default_factory=list)
+    handle: Any = None  # of the hook on its `load_state_dict`
     turn: int = 0  # when it stepped last, counted over all optimizers
 
     def storages(self, known: Mapping[int, int] | None = None) -> Storages:
@@ -74,8 +76,8 @@ class Attached:
     def detach(self) -> None:
         for optimizer in self.optimizers:
             guard = _guards.pop(optimizer, None)
-            for handle in guard.handles if guard else ():
-                handle.remove()
+            if guard is not None:
+                guard.handle.remove()
         fence()
 
 
@@ -96,6 +98,7 @@ def attach(*optimizers: Optimizer, also: Iterable[nn.Module | torch.Tensor] = ()
         InvalidInputError: not an optimizer.
     """
     owners = list(also)
+    _watch_all_steps()
     for optimizer in optimizers:
         if not isinstance(optimizer, Optimizer):
             raise InvalidInputError(
@@ -105,8 +108,7 @@ def attach(*optimizers: Optimizer, also: Iterable[nn.Module | torch.Tensor] = ()
         guard = _guards.get(optimizer)
         if guard is None:
             guard = _guards[optimizer] = _Guard(optimizer=weakref.ref(optimizer))
-            guard.handles.append(optimizer.register_step_pre_hook(_before_step))
-            guard.handles.append(optimizer.register_load_state_dict_pre_hook(_before_load))
+            guard.handle = optimizer.register_load_state_dict_pre_hook(_before_load)
         known = {id(reference()) for reference in guard.also}
         guard.also += [weakref.ref(owner) for owner in owners if id(owner) not in known]
     return Attached(optimizers=tuple(optimizers))
@@ -163,15 +165,20 @@ def _on_their_way() -> list[Waiting]:
         return list(_waiting)
 
 
+@functools.cache
+def _watch_all_steps() -> None:
+    """Hold every optimizer of the process, also one that nobody attached: it may be made anew over the same parameters."""
+    register_optimizer_step_pre_hook(_before_step)
+
+
 def _before_step(optimizer: Optimizer, *_: Any) -> None:
     guard = _guards.get(optimizer)
-    if guard is None:
-        return
-    guard.turn = next(_turns)
+    if guard is not None:
+        guard.turn = next(_turns)
     waiting = _on_their_way()
     if not waiting:
         return
-    storages = None if len(_guards) == 1 else guard.storages()
+    storages = None if guard is None or len(_guards) == 1 else guard.storages()
     for one in waiting:
         one.hold(storages)
 

@@ -91,7 +91,6 @@ class Staging:
         """Copy until nothing is left to claim. The copying thread; never raises: `wait_for` does."""
         start, nbytes = time.perf_counter(), 0
         while (chunk := self._claim(self._order)) is not None:
-            failpoints.hit("stage.before-chunk")
             nbytes += self._copy(chunk, summed=True)
         if nbytes:
             self._timeline.add("copy", start, time.perf_counter(), nbytes=nbytes)
@@ -149,6 +148,8 @@ class Staging:
         low, high = self._program.chunk_range(chunk)
         buffer = self._image[low:high]
         try:
+            if summed:
+                failpoints.hit("stage.before-chunk")
             rows = self._packer.rows_of(chunk)
             late = np.flatnonzero(self._late[rows]) + rows.start
             if summed and not self._apart[chunk]:

@@ -17,6 +17,7 @@ import torch
 from torch import nn
 
 import ckpt
+from ckpt import failpoints
 from ckpt.errors import SaveFailedError
 
 OPTIONS = ckpt.Options(chunk_bytes=4096, write_buffers=2)
@@ -226,6 +227,38 @@ def test_tensors_that_are_dropped_while_they_are_copied_are_saved_whole(tmp_path
         rubbish = [torch.full((WIDTH, WIDTH), 9.0) for _ in range(200)]
     assert_saved(tmp_path, 0, before)
     assert len(rubbish) == 200
+
+
+@pytest.mark.usefixtures("slow_copies")
+def test_an_optimizer_that_nobody_attached_waits_as_well(tmp_path: Path) -> None:
+    """It is made after the save began, over the same parameters."""
+    state, train = TRAININGS["foreach"]()
+    train()
+    before = values_of(state)
+    with ckpt.Checkpointer(tmp_path, every=1, options=OPTIONS) as checkpointer:
+        checkpointer.step(0, state)
+        other = torch.optim.SGD(state["model"].parameters(), lr=10.0)
+        loss_of(state["model"]).backward()
+        other.step()
+    assert_saved(tmp_path, 0, before)
+
+
+def test_a_failed_copy_fails_the_save_and_holds_nobody(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    state, train = TRAININGS["foreach"]()
+    train()
+    failpoints.reset()
+    monkeypatch.setenv("CKPT_FAILPOINT", "stage.before-chunk:error@2")
+    with ckpt.Checkpointer(tmp_path, every=1, options=OPTIONS) as checkpointer:
+        pending = checkpointer.step(0, state)
+        assert pending is not None
+        with pytest.raises(ckpt.CheckpointError, match="stage.before-chunk"):
+            pending.wait(30)
+        train()
+        monkeypatch.delenv("CKPT_FAILPOINT")
+        with pytest.raises(SaveFailedError, match="step 0 failed"):
+            checkpointer.step(1, state)
+        expected = values_of(state)
+    assert_saved(tmp_path, 1, expected)
 
 
 def test_a_checked_save_of_a_quiet_state_succeeds(tmp_path: Path) -> None:
