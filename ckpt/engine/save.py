@@ -332,7 +332,7 @@ class SaveSession:
         """Checksums of the state at this moment, by a copy that the training waits for."""
         now = Packer(attempt.packer.sources, [b""] * len(attempt.program.layout.object_offsets), threads=1)
         scratch, devices = np.empty(attempt.program.layout.total_bytes, np.uint8), DeviceCopies(local)
-        on_device = devices.start(now, scratch)
+        on_device = devices.start(now, scratch, np.zeros(len(attempt.program.piece), bool))
         now.copy_parts(np.flatnonzero(~on_device), scratch, 0)
         for chunk in range(attempt.program.num_chunks):
             devices.wait_for(chunk)

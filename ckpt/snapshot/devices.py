@@ -53,8 +53,12 @@ class DeviceCopies:
         """True when every copy is over."""
         return all(event.query() for event in self._last.values())  # type: ignore[no-untyped-call]
 
-    def start(self, packer: Packer, image: NDArray[np.uint8]) -> NDArray[np.bool_]:
-        """Enqueue all copies behind what the current streams hold. Returns [K] which parts of the program they are."""
+    def start(self, packer: Packer, image: NDArray[np.uint8], late: NDArray[np.bool_]) -> NDArray[np.bool_]:
+        """Enqueue all copies behind what the current streams hold. Returns [K] which parts of the program they are.
+
+        Args:
+            late: [K] parts that a fence guards. What the current streams do next waits for the copies of the others.
+        """
         program = packer.sources.program
         rows = self._on_device[program.piece] if self.any else np.zeros(len(program.piece), bool)
         if not rows.any():
@@ -66,7 +70,9 @@ class DeviceCopies:
             stream = _side_stream(device)
             stream.wait_stream(ready)
             with torch.cuda.stream(stream):
-                self._enqueue(packer, rows, target, device, stream)
+                self._enqueue(packer, rows & ~late, target, device, stream)
+                ready.wait_stream(stream)
+                self._enqueue(packer, rows & late, target, device, stream)
         return rows
 
     def _enqueue(

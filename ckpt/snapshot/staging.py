@@ -61,9 +61,9 @@ class Staging:
             keep_alive: owners of the memory that is copied late.
         """
         program, packer = self._program, self._packer
-        on_device = self._devices.start(packer, self._image)
         for storages in guarded:
             self._late |= fence.lies_in(packer.sources.storage, storages)
+        on_device = self._devices.start(packer, self._image, self._late)
         self._late &= ~on_device
         packer.copy_parts(np.flatnonzero(~self._late & ~on_device), self._image, 0)
         for chunk in range(program.num_chunks):
