@@ -123,7 +123,8 @@ class DeviceCopies:
         offset = (int(sources.source[row]) - tensor.untyped_storage().data_ptr()) // itemsize
         strides = [int(n) // itemsize for n in sources.strides[row]]
         view = torch.as_strided(tensor.detach(), program.lengths[row].tolist(), strides, offset)
-        return view.contiguous().view(-1).view(torch.uint8)
+        whole = view.contiguous()  # of one element it may have any strides, and then not be seen as bytes
+        return whole.as_strided((whole.numel(),), (1,), whole.storage_offset()).view(torch.uint8)
 
     def _tensor(self, row: int) -> torch.Tensor:
         tensor = self._owners[int(self._owner_of_piece[self._piece[row]])]
