@@ -13,14 +13,14 @@ import os
 import signal
 import threading
 from collections.abc import Mapping, Sequence
-from typing import Any, NoReturn
+from typing import Any
 
 import torch.distributed as dist
 
 from ckpt import config
 from ckpt.config import Options
 from ckpt.engine.load import Loaded, Rename
-from ckpt.engine.pending import PendingSave
+from ckpt.engine.pending import PendingSave, first_line
 from ckpt.engine.read import Progress
 from ckpt.engine.reader import StoredCheckpoint
 from ckpt.engine.run import LIVE, Run, State, Url
@@ -45,8 +45,8 @@ def _finish_all() -> None:
     for run in list(LIVE):
         try:
             run.close(_ending.get("grace_s"))
-        except SaveFailedError as error:
-            _log.error("%s", error.message)
+        except Exception as error:  # noqa: BLE001 - one run that fails must not keep others from being finished
+            _log.error("%s", first_line(error))
 
 
 def _end_orderly(grace_s: float) -> None:
@@ -57,9 +57,14 @@ def _end_orderly(grace_s: float) -> None:
     if threading.current_thread() is not threading.main_thread() or signal.getsignal(signal.SIGTERM) != signal.SIG_DFL:
         return
 
-    def end(number: int, _frame: object) -> NoReturn:
-        _ending["grace_s"] = grace_s
+    pid = os.getpid()
+
+    def end(number: int, _frame: object) -> None:
         signal.signal(signal.SIGTERM, signal.SIG_DFL)  # a second one ends the process at once
+        if os.getpid() != pid:  # forked: the saves are the parent's
+            os.kill(os.getpid(), number)
+            return
+        _ending["grace_s"] = grace_s
         raise SystemExit(128 + number)
 
     signal.signal(signal.SIGTERM, end)
@@ -78,7 +83,10 @@ def _run_of(url: Url, group: dist.ProcessGroup | None, options: Options | None, 
     found = _runs.get(key)
     if found is None or (options is not None and options != found[0].options):
         if found is not None:
-            found[0].close()
+            try:
+                found[0].close()
+            except SaveFailedError as error:  # making a run is something that all ranks do together
+                _log.error("%s", error.message)
         # The group is kept alive with the run, so that its id stays its own.
         run = Run(url, group=group, options=options, storage_options=storage, sinks=default_sinks)
         found = _runs[key] = (run, group or default)
@@ -180,7 +188,6 @@ def load(
         DamagedError: stored bytes are not what was written.
     """
     run = _run_of(url, process_group, options, storage_options)
-    run.check()
     return run.load(state, step, layout, strict=strict, rename=rename, include=include, progress=progress)
 
 

@@ -86,15 +86,21 @@ def await_outcome(
         AlreadyExistsError: another attempt is the checkpoint of this step.
         RankFailedError: `aborted` with the committer's reason; `outcome-unknown` after `timeout_s`.
     """
+    trouble = ""
     for _ in looks(timeout_s, options=options, clock=clock):
-        winner = published_attempt(store, step)
-        if winner is not None and winner != attempt:
-            raise _exists_error(store, step)
-        _refuse_aborted(store, step, attempt)
+        try:
+            winner = published_attempt(store, step)
+            if winner is not None and winner != attempt:
+                raise _exists_error(store, step)
+            _refuse_aborted(store, step, attempt)
+        except StoreError as error:  # one look that failed says nothing of the outcome, which all ranks must agree on
+            trouble = f"; the last look failed: {error.message}"
+            continue
+        trouble = ""
         if winner == attempt:
             return
     raise RankFailedError(
-        f"no outcome of step {step} (attempt {attempt}) after {timeout_s:.1f} s: the committer is missing",
+        f"no outcome of step {step} (attempt {attempt}) after {timeout_s:.1f} s: the committer is missing{trouble}",
         kind="outcome-unknown",
         hints=(f"`ckpt ls {store.url}` shows whether step {step} is complete; the step before it is untouched",),
     )

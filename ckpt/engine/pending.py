@@ -5,6 +5,8 @@ In: the future of a save, and what it has cost. Out: `PendingSave`. Errors are k
 
 from __future__ import annotations
 
+import concurrent.futures
+from collections.abc import Sequence
 from concurrent.futures import Future
 
 from ckpt.engine.save import Saved
@@ -50,6 +52,15 @@ class PendingSave:
         """Return when the checkpoint is durable; raise what stopped it. TimeoutError after `timeout_s` seconds."""
         return self._future.result(timeout_s)
 
+    def outcome(self, timeout_s: float | None = None) -> BaseException | None:
+        """Wait; what stopped it, None when it succeeded or is still on its way after `timeout_s` seconds."""
+        concurrent.futures.wait([self._future], timeout_s)
+        return self.failure()
+
+    def structure_changed(self) -> bool:
+        """Whether some rank's structure changed with this save, which succeeded."""
+        return self._future.done() and self._future.exception() is None and self._future.result().structure_changed
+
     def failure(self) -> BaseException | None:
         """What stopped it; None while it is on its way and when it succeeded."""
         return self._future.exception() if self._future.done() else None
@@ -69,9 +80,9 @@ def first_line(error: BaseException) -> str:
     return error.message if isinstance(error, CheckpointError) else f"{type(error).__name__}: {error}"
 
 
-def failed_error(pending: PendingSave, error: BaseException) -> SaveFailedError:
-    """The error that tells the trainer, at a later call, that a save in the background failed."""
-    return SaveFailedError(
-        f"the background save of step {pending.step} failed: {first_line(error)}",
-        hints=("the checkpoints before it are untouched; saving again is safe",),
-    )
+def failed_error(found: Sequence[tuple[PendingSave, BaseException]]) -> SaveFailedError:
+    """The error that tells the trainer, at a later call, that saves in the background failed."""
+    lines = [f"the background save of step {pending.step} failed: {first_line(error)}" for pending, error in found]
+    out = SaveFailedError("; ".join(lines), hints=("the checkpoints before it are untouched; saving again is safe",))
+    out.__cause__ = found[0][1]
+    return out

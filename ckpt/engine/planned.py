@@ -147,6 +147,8 @@ class Planner:
             len(rows),
             rows.offsets.tobytes(),
             rows.lengths.tobytes(),
+            rows.tensor.tobytes(),
+            planned.piece_of_row.tobytes(),
             *objects,
         )
         if self._program is None or self._program[0] != key:

@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -35,15 +36,14 @@ from ckpt.format.image import padded_object
 from ckpt.format.spec import LocalState
 from ckpt.kernels import crc32c
 from ckpt.snapshot.devices import DeviceCopies
-from ckpt.snapshot.fence import Storages
+from ckpt.snapshot.fence import NOTHING, Guarded
 from ckpt.snapshot.images import Images
 from ckpt.snapshot.pack import Packer, PackProgram, Sources, bind
-from ckpt.snapshot.staging import Copier, Staging
+from ckpt.snapshot.staging import Copier, Staging, changed_error
 from ckpt.state.memory import collector_paused
 from ckpt.store.base import Store
 
 PROGRAM = "ckpt 0.1.0"
-_NAMED_MAX = 20  # tensors in a message
 _log = logging.getLogger("ckpt")
 
 
@@ -89,6 +89,8 @@ class Attempt:
     staging: Staging | None = None
     expected: NDArray[np.uint32] | None = None  # checksums of the state as it was in the call
     keep_alive: tuple[object, ...] = ()
+    decided: bool = False  # this rank has begun to publish it
+    abandoned: bool = False
     thinned: Thinned | None = None  # what an incremental save writes instead of the whole image
 
     @property
@@ -113,6 +115,7 @@ class SaveSession:
         self._images = Images(options.images_max)
         self._copier = Copier(options.copy_nice)
         # Of whoever finishes:
+        self._deciding = threading.Lock()
         self._sent: str | None = None  # structure whose image table the committer has
         self._assembler = Assembler(PROGRAM)
         self._flusher = Flusher(store, options)
@@ -167,18 +170,24 @@ class SaveSession:
         request: Request,
         error: BaseException | None = None,
         timeline: Timeline | None = None,
-        guarded: Sequence[Storages] = (),
+        guarded: Guarded = NOTHING,
     ) -> Attempt:
         """Begin to copy `local` into an image; then `finish`. All ranks call, with less than `images_max` saves on their way.
 
         Args:
-            guarded: storages that a fence guards, by optimizer; what lies in others is copied before this returns.
+            guarded: what fences guard; all else is copied before this returns.
         """
         attempt = self._prepare(local, request, error, timeline or Timeline())
         with self._telling_others(request.step, attempt.id):
             pinned = _on_device(local)
             memory = self._images.take(attempt.program.layout.total_bytes, pinned=pinned)
-            attempt.staging = Staging(attempt.packer, memory, timeline=attempt.timeline, devices=DeviceCopies(local))
+            attempt.staging = Staging(
+                attempt.packer,
+                memory,
+                timeline=attempt.timeline,
+                devices=DeviceCopies(local),
+                name_of=lambda number: local.specs[number].name,
+            )
             try:
                 if self._options.check_fence:
                     attempt.expected = self._checksums_now(attempt, local)
@@ -230,11 +239,29 @@ class SaveSession:
             structure_changed=changed,
         )
 
+    def published_change(self, attempt: Attempt) -> bool | None:
+        """Whether a structure changed with an attempt that is the checkpoint of its step after all; None when it is not known
+        to be."""
+        key = names.manifest_key(attempt.request.step)
+        try:
+            found = manifest.unpack(self._store.read(key), name=key)
+        except CheckpointError:
+            return None
+        return found.structure_changed if found.attempt == attempt.id else None
+
     def abandon(self, attempt: Attempt, error: CheckpointError) -> None:
-        """Give up an attempt that another thread is finishing: stop its copies and tell the other ranks. Any thread."""
+        """Give up an attempt that another thread is finishing: stop its copies and tell the other ranks. Any thread.
+
+        Nothing is done once this rank is publishing: what others may have seen succeed must not be taken back.
+        """
+        with self._deciding:
+            if attempt.decided:
+                return
+            attempt.abandoned = True
         self._flusher.stop(error)
-        if attempt.staging is not None:
-            attempt.staging.give_up(error)
+        staging = attempt.staging
+        if staging is not None:
+            staging.give_up(error)
         self._report(attempt.request.step, attempt.id, error)
 
     def close(self) -> None:
@@ -347,16 +374,7 @@ class SaveSession:
         wrong = np.flatnonzero(attempt.expected != attempt.packer.checksums)
         if len(wrong):
             found = sorted({attempt.image.specs[attempt.packer.tensor_of_block(int(b))].name for b in wrong})
-            more = f" and {len(found) - _NAMED_MAX} more" if len(found) > _NAMED_MAX else ""
-            listed = ", ".join(f"`{name}`" for name in found[:_NAMED_MAX])
-            raise SaveFailedError(
-                f"changed while step {attempt.request.step} was being copied, without a fence: {listed}{more}",
-                kind="changed-unfenced",
-                hints=(
-                    "call ckpt.fence() before changing saved tensors other than by an attached optimizer",
-                    "what changes together with an optimizer belongs into ckpt.attach(optimizer, also=[...])",
-                ),
-            )
+            raise changed_error(found)
 
     # writing
 
@@ -440,6 +458,10 @@ class SaveSession:
         for name, data in assembled.files.items():
             failpoints.hit("save.before-index")
             self._store.put(f"{names.attempt_folder(step, attempt.id)}/{name}", data)
+        with self._deciding:
+            if attempt.abandoned:
+                raise SaveFailedError(f"step {step} was given up", kind="abandoned")
+            attempt.decided = True
         publishing.publish(self._store, step, attempt.id, manifest.pack(assembled.manifest), options=self._options)
         self._drop_receipts(step, attempt.id)
         return assembled.manifest.structure_changed

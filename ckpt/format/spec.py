@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
@@ -116,9 +116,8 @@ class LocalState:
         None
     )  # how the tensors lie, for the saved layout (JSON values)
     storage_of_piece: NDArray[np.uint64] | None = None  # [N] where the block of memory begins that piece i is a part of
-    storages: Callable[[], Mapping[int, int]] = (
-        dict  # known ones by the ids of the user's tensors; for as long as those live
-    )
+    # All tensors of the user's state and where the storage of each begins; empty where that is not known.
+    seen: Callable[[], tuple[Sequence[Any], Sequence[int]]] = lambda: ((), ())
     on_device: NDArray[np.bool_] | None = None  # [N] `address` is a device's, not the host's; None: all on the host
 
     @staticmethod

@@ -24,6 +24,7 @@ COLORS = {
     "fence": "#d55e00",
     "copy": "#009e73",
     "checksum": "#f0e442",
+    "digest": "#999933",
     "write": "#e69f00",
     "read": "#e69f00",
     "exchange": "#cc79a7",

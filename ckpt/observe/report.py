@@ -30,6 +30,7 @@ PHASES = (
     ("fence", "the training thread held before an update, because copies were behind"),
     ("copy", "device or host memory to the image"),
     ("checksum", "of the image"),
+    ("digest", "SHA-256 of fragments, of incremental saves"),
     ("write", "image to the store, until durable"),
     ("receipts", "rank 0: until all ranks have written"),
     ("commit", "rank 0: index and manifest; other ranks: until the outcome is known"),

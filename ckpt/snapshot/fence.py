@@ -12,9 +12,10 @@ from __future__ import annotations
 
 import functools
 import itertools
+import os
 import threading
 import weakref
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -28,7 +29,7 @@ from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from ckpt.errors import InvalidInputError
 from ckpt.format.spec import LocalState
-from ckpt.state.fenced import fenced_storages
+from ckpt.state.fenced import fenced_tensors, storages_of
 
 Storages = NDArray[np.uint64]  # where torch storages begin, which is how pieces and tensors are matched
 
@@ -50,15 +51,30 @@ class _Guard:
     handle: Any = None  # of the hook on its `load_state_dict`
     turn: int = 0  # when it stepped last, counted over all optimizers
 
-    def storages(self, known: Mapping[int, int] | None = None) -> Storages:
-        """Of everything that changes when the optimizer steps, ascending."""
+    def tensors(self) -> list[torch.Tensor]:
+        """Everything that changes when the optimizer steps."""
         optimizer = self.optimizer()
-        found = set() if optimizer is None else fenced_storages([optimizer], known)
+        found = [] if optimizer is None else fenced_tensors([optimizer])
         for reference in self.also:
             owner = reference()
-            found |= {_storage_of(tensor) for tensor in (() if owner is None else _tensors_in(owner))}
-        return np.array(sorted(found), np.uint64)
+            found += [] if owner is None else _tensors_in(owner)
+        return found
 
+    def storages(self) -> Storages:
+        """Where it lies, ascending."""
+        return np.array(sorted(storages_of(self.tensors())), np.uint64)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Guarded:
+    """What of a state fences guard. A storage that anything else of the state lies in as well is not guarded at all."""
+
+    turns: list[Storages]  # by optimizer, in the order in which they stepped last; ascending
+    tensors: list[torch.Tensor]  # plain or local ones
+    storage: Storages  # of each of the tensors
+
+
+NOTHING = Guarded(turns=[], tensors=[], storage=np.empty(0, np.uint64))
 
 _guards: weakref.WeakKeyDictionary[Optimizer, _Guard] = weakref.WeakKeyDictionary()
 _waiting: list[Waiting] = []
@@ -76,7 +92,7 @@ class Attached:
     def detach(self) -> None:
         for optimizer in self.optimizers:
             guard = _guards.pop(optimizer, None)
-            if guard is not None:
+            if guard is not None and guard.handle is not None:
                 guard.handle.remove()
         fence()
 
@@ -108,7 +124,8 @@ def attach(*optimizers: Optimizer, also: Iterable[nn.Module | torch.Tensor] = ()
         guard = _guards.get(optimizer)
         if guard is None:
             guard = _guards[optimizer] = _Guard(optimizer=weakref.ref(optimizer))
-            guard.handle = optimizer.register_load_state_dict_pre_hook(_before_load)
+            if hasattr(optimizer, "_optimizer_load_state_dict_pre_hooks"):  # wrappers of optimizers may be made without
+                guard.handle = optimizer.register_load_state_dict_pre_hook(_before_load)
         known = {id(reference()) for reference in guard.also}
         guard.also += [weakref.ref(owner) for owner in owners if id(owner) not in known]
     return Attached(optimizers=tuple(optimizers))
@@ -123,12 +140,22 @@ def fence() -> None:
         one.hold(None)
 
 
-def guarded(local: LocalState) -> list[Storages]:
-    """The storages that a fence guards, one entry per optimizer, in the order in which they stepped last."""
-    if not _guards:
-        return []
-    known = local.storages()
-    return [guard.storages(known) for guard in sorted(_guards.values(), key=lambda guard: guard.turn)]
+def guarded(local: LocalState) -> Guarded:
+    """What fences guard of a state that was just collected; nothing where its tensors are not known one by one."""
+    tensors, starts = local.seen() if _guards else ((), ())
+    if not tensors:
+        return NOTHING
+    start_of = dict(zip(map(id, tensors), starts, strict=True))
+    turns = [list(map(id, guard.tensors())) for guard in sorted(_guards.values(), key=lambda guard: guard.turn)]
+    shared = {start_of[one] for one in start_of.keys() - set().union(*turns)} | {0}
+    found = [{start_of[one] for one in ids if one in start_of} - shared for ids in turns]
+    late = set().union(*found)
+    chosen = [(tensor, start) for tensor, start in zip(tensors, starts, strict=True) if start in late]
+    return Guarded(
+        turns=[np.array(sorted(one), np.uint64) for one in found],
+        tensors=[tensor._local_tensor if isinstance(tensor, DTensor) else tensor for tensor, _ in chosen],
+        storage=np.array([start for _, start in chosen], np.uint64),
+    )
 
 
 def lies_in(storage: Storages, storages: Storages) -> NDArray[np.bool_]:
@@ -188,14 +215,13 @@ def _before_load(optimizer: Optimizer, *_: Any) -> None:
         one.hold(None)
 
 
-def _tensors_in(owner: Any) -> Iterator[torch.Tensor]:
-    if isinstance(owner, nn.Module):
-        yield from owner.parameters()
-        yield from owner.buffers()
-    else:
-        yield owner
+def _tensors_in(owner: Any) -> list[torch.Tensor]:
+    return [*owner.parameters(), *owner.buffers()] if isinstance(owner, nn.Module) else [owner]
 
 
-def _storage_of(tensor: torch.Tensor) -> int:
-    local = tensor._local_tensor if isinstance(tensor, DTensor) else tensor
-    return local.untyped_storage().data_ptr()
+def _forget_in_child() -> None:
+    """A forked process has no thread that copies: nothing that its parent has on its way may hold it."""
+    _waiting.clear()
+
+
+os.register_at_fork(after_in_child=_forget_in_child)

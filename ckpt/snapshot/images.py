@@ -10,6 +10,7 @@ import contextlib
 import logging
 import mmap
 import threading
+import weakref
 
 import numpy as np
 from numpy.typing import NDArray
@@ -53,6 +54,14 @@ class Images:
             assert self._num_out < self._images_max, "more images at a time than the budget has"
             self._num_out += 1
             found = self._free.pop() if self._free else None
+        try:
+            return self._fit(found, nbytes, pinned=pinned, touched=touched)
+        except BaseException:
+            with self._lock:
+                self._num_out -= 1
+            raise
+
+    def _fit(self, found: NDArray[np.uint8] | None, nbytes: int, *, pinned: bool, touched: bool) -> NDArray[np.uint8]:
         if found is not None and len(found) >= nbytes and (not pinned or _is_pinned(found)):
             return found
         if found is not None:
@@ -91,6 +100,7 @@ def _pin(image: NDArray[np.uint8]) -> None:
         )
         return
     _pinned[image.ctypes.data] = len(image)
+    weakref.finalize(image, _unregister, image.ctypes.data)  # a mapping must not end while it is registered
 
 
 def _is_pinned(image: NDArray[np.uint8]) -> bool:
@@ -98,7 +108,11 @@ def _is_pinned(image: NDArray[np.uint8]) -> bool:
 
 
 def _unpin(image: NDArray[np.uint8]) -> None:
-    if _pinned.pop(image.ctypes.data, None) is not None:
+    _unregister(image.ctypes.data)
+
+
+def _unregister(address: int) -> None:
+    if _pinned.pop(address, None) is not None:
         import torch
 
-        torch.cuda.cudart().cudaHostUnregister(image.ctypes.data)  # type: ignore[no-untyped-call]
+        torch.cuda.cudart().cudaHostUnregister(address)  # type: ignore[no-untyped-call]

@@ -19,17 +19,8 @@ from ckpt.state.tensors import memory_problem
 _CONTAINERS = (list, tuple)  # of slots: LBFGS keeps its history in lists
 
 
-def fenced_storages(optimizers: Iterable[Optimizer], known: Mapping[int, int] | None = None) -> set[int]:
-    """Addresses at which the storages begin of all parameters in `param_groups` and all tensors in `state`.
-
-    To be compared with `LocalState.storage_of_piece`. Of a DTensor it is the storage of the local tensor. Storages
-    without memory are left out, and tensors that cannot be saved. Cheap enough for every save: an optimizer makes its
-    state at its first step, and may make more of it later.
-
-    Args:
-        known: storages of tensors by their ids, as `LocalState.storages` gives them; others are looked at.
-    """
-    known = known or {}
+def fenced_tensors(optimizers: Iterable[Optimizer]) -> list[torch.Tensor]:
+    """All parameters in `param_groups` and all tensors in `state`."""
     tensors: list[torch.Tensor] = []
     for optimizer in optimizers:
         for one in {id(part): part for part in (optimizer, inner_optimizer(optimizer))}.values():
@@ -37,12 +28,27 @@ def fenced_storages(optimizers: Iterable[Optimizer], known: Mapping[int, int] | 
                 tensors += group["params"]
             for slots in one.state.values():
                 _add(tensors, slots)
-    starts = set(map(known.get, map(id, tensors)))
-    if None in starts:
-        rest = [tensor for tensor in tensors if id(tensor) not in known]
-        memory = [tensor._local_tensor if isinstance(tensor, DTensor) else tensor for tensor in rest]
-        starts |= {tensor.untyped_storage().data_ptr() for tensor in memory if memory_problem(tensor) is None}
-    return {start for start in starts if start}
+    return tensors
+
+
+def storages_of(tensors: Iterable[torch.Tensor]) -> set[int]:
+    """Addresses at which the storages of tensors begin; of a DTensor that of the local tensor.
+
+    Storages without memory are left out, and tensors that cannot be saved.
+    """
+    memory = [tensor._local_tensor if isinstance(tensor, DTensor) else tensor for tensor in tensors]
+    starts = {tensor.untyped_storage().data_ptr() for tensor in memory if memory_problem(tensor) is None}
+    starts.discard(0)
+    return starts
+
+
+def fenced_storages(optimizers: Iterable[Optimizer]) -> set[int]:
+    """Addresses at which the storages begin of all that the steps of these optimizers change.
+
+    To be compared with `LocalState.storage_of_piece`. Cheap enough for every save: an optimizer makes its state at its first
+    step, and may make more of it later.
+    """
+    return storages_of(fenced_tensors(optimizers))
 
 
 def _add(tensors: list[torch.Tensor], value: Any) -> None:

@@ -83,9 +83,9 @@ class Sight:
     values: dict[str, Any]  # what `state_dict()` gave, by entry
     tensors: list[torch.Tensor]  # that were looked at, in the order of the facts
 
-    def storages(self) -> dict[int, int]:
-        """Where the storage of each tensor begins, by the id of the tensor; as long as the state holds it."""
-        return dict(zip(map(id, self.tensors), self.facts.starts, strict=True))
+    def seen(self) -> tuple[list[torch.Tensor], list[int]]:
+        """The tensors, and where the storage of each begins."""
+        return self.tensors, self.facts.starts
 
 
 class _NeedsWalkError(Exception):

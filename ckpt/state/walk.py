@@ -147,8 +147,8 @@ class Collector:
                 owner_of=owner_of,
                 names={holder.name: holder.names() for holder in holders if isinstance(holder, OptimizerHolder)},
             )
-        known = dict if sight is None else sight.storages
-        return dataclasses.replace(local, keep_alive=memory.keep_alive, storages=known)
+        seen = local.seen if sight is None else sight.seen
+        return dataclasses.replace(local, keep_alive=memory.keep_alive, seen=seen)
 
     def _again(self, entries: Sequence[Entry], sight: Sight, last: _Last) -> LocalState:
         """The state of the last walk with the objects of now."""
@@ -158,7 +158,7 @@ class Collector:
         self._last = dataclasses.replace(last, leaves=sight.leaves, local=local)
         owners = sight.owners
         keep_alive = tuple([owners[index] for index in last.owner_of])
-        return dataclasses.replace(local, keep_alive=keep_alive, storages=sight.storages)
+        return dataclasses.replace(local, keep_alive=keep_alive, seen=sight.seen)
 
 
 def _objects_again(entry: Entry, sight: Sight, last: _Last, known: Mapping[str, StoredObject]) -> list[StoredObject]:

@@ -63,3 +63,31 @@ def test_sigterm_gives_up_what_the_grace_time_does_not_suffice_for(tmp_path: pat
 
     left = [json.loads(file.read_text()) for file in (tmp_path / "run").rglob("aborted.json")]
     assert (code, "was given up" in str(left), len(steps) < 3) == (143, True, True), (steps, left, errors)
+
+
+FORKS = """
+import multiprocessing, torch, ckpt
+state = {"w": torch.arange(3_000_000)}
+checkpointer = ckpt.Checkpointer("run", every=1)
+checkpointer.step(1, state)
+child = multiprocessing.get_context("fork").Process(target=int)
+child.start()
+child.join(20)
+print("child", child.exitcode, flush=True)
+checkpointer.close()
+"""
+
+
+def test_a_forked_child_ends_by_itself_and_takes_no_save_with_it(tmp_path: pathlib.Path) -> None:
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", FORKS],
+        cwd=tmp_path,
+        env={"PYTHONPATH": str(ROOT), "PATH": "/usr/bin:/bin", "CKPT_FAILPOINT": "save.before-image:delay=2"},
+        capture_output=True,
+        text=True,
+        timeout=100,
+        check=False,
+    )
+
+    steps = find.steps(open_store(tmp_path / "run", options=Options()))
+    assert ("child 0" in done.stdout, done.returncode, steps) == (True, 0, [1]), (done.stdout, done.stderr)

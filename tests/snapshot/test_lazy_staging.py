@@ -184,19 +184,37 @@ def test_copies_go_on_while_training_does_and_the_fence_holds_it(tmp_path: Path)
 
 
 @pytest.mark.usefixtures("slow_copies")
-def test_a_change_without_a_fence_is_found_and_named(tmp_path: Path) -> None:
+@pytest.mark.parametrize("through_data", [False, True])
+def test_a_change_without_a_fence_is_found_and_named(through_data: bool, tmp_path: Path) -> None:
+    """What torch counts as a change in place always; what goes round its count with `check_fence`."""
     state, train = TRAININGS["foreach"]()
     train()
-    options = ckpt.Options(chunk_bytes=4096, check_fence=True)
+    options = ckpt.Options(chunk_bytes=4096, check_fence=through_data)
     with (
         pytest.raises(SaveFailedError, match="model/3.weight") as caught,
         ckpt.Checkpointer(tmp_path, every=1, options=options) as checkpointer,
     ):
         checkpointer.step(0, state)
-        with torch.no_grad():
-            state["model"][3].weight.add_(1.0)  # nobody told the fence
+        weight = state["model"][3].weight
+        (weight.data if through_data else weight.detach()).add_(1.0)  # nobody told the fence
     assert caught.value.__cause__.kind == "changed-unfenced"  # type: ignore[union-attr]
     assert not list(tmp_path.glob("step-*/manifest.json"))
+
+
+@pytest.mark.usefixtures("slow_copies")
+def test_buffers_that_share_memory_with_parameters_are_copied_in_the_call(tmp_path: Path) -> None:
+    """A forward changes them, and no fence holds a forward."""
+    net = nn.BatchNorm1d(WIDTH)
+    flat = torch.zeros(4 * WIDTH)
+    net.weight, net.bias = nn.Parameter(flat[:WIDTH]), nn.Parameter(flat[WIDTH : 2 * WIDTH])
+    net.running_mean, net.running_var = flat[2 * WIDTH : 3 * WIDTH], flat[3 * WIDTH :].fill_(1.0)
+    optimizer = torch.optim.SGD(net.parameters(), lr=0.1)
+    state = {"model": net, "optimizer": optimizer}
+    with ckpt.Checkpointer(tmp_path, every=1, options=OPTIONS) as checkpointer:
+        before = values_of({"model": net})
+        checkpointer.step(0, state)
+        net(torch.randn(8, WIDTH))
+    assert_saved(tmp_path, 0, before)
 
 
 @pytest.mark.usefixtures("slow_copies")

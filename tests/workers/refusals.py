@@ -57,8 +57,8 @@ def local_bytes(model: nn.Module) -> str:
 
 
 def files(root: str) -> dict[str, str]:
-    """Every file below a folder, by digest."""
-    paths = [path for path in sorted(Path(root).rglob("*")) if path.is_file()]
+    """Every file below a folder, by digest; without the event log, which grows with whatever is tried."""
+    paths = [p for p in sorted(Path(root).rglob("*")) if p.is_file() and "events" not in p.relative_to(root).parts]
     return {str(path.relative_to(root)): hashlib.sha256(path.read_bytes()).hexdigest() for path in paths}
 
 
