@@ -30,7 +30,7 @@ class Options:
     chunk_bytes: int = 16 * MIB  # one buffer of the write path, a multiple of 4 KiB
     copy_threads: int = 2  # of one rank, for copies and checksums
     copy_nice: int = 5  # priority of background copies, 0 (as training) to 19
-    flush_nice: int = 19  # priority of background checksums and writes: 10 held the fence up for 30 ms, 19 for 14
+    flush_nice: int = 10  # priority of background checksums and writes, 0 to 19
     images_max: int = 2  # of a rank's state in host memory at a time, for saves in the background: 1 or 2
     when_busy: str = "wait"  # a save is due and all images are on their way: wait, skip it, or fail
     check_fence: bool = (

@@ -44,6 +44,8 @@ from ckpt.state.memory import collector_paused
 from ckpt.store.base import Store
 
 PROGRAM = "ckpt 0.1.0"
+# A fence that held longer than this makes later saves copy before they sum: 18 instead of 10 CPU ms per 100 MB, but sooner.
+_HURRY_S = 0.005
 _log = logging.getLogger("ckpt")
 
 
@@ -113,6 +115,7 @@ class SaveSession:
         self._count = 0
         self._sources: Sources | None = None
         self._images = Images(options.images_max)
+        self._hurry = False  # a fence has held the training
         self._copier = Copier(options.copy_nice)
         # Of whoever finishes:
         self._deciding = threading.Lock()
@@ -187,6 +190,7 @@ class SaveSession:
                 timeline=attempt.timeline,
                 devices=DeviceCopies(local),
                 name_of=lambda number: local.specs[number].name,
+                hurry=self._hurry,
             )
             try:
                 if self._options.check_fence:
@@ -275,6 +279,7 @@ class SaveSession:
         staging, attempt.staging = attempt.staging, None
         attempt.keep_alive = ()
         if staging is not None:
+            self._hurry |= staging.fence_s > _HURRY_S
             staging.give_up(error or AssertionError("not all of the image was copied"))
             self._images.give_back(staging.memory)
 

@@ -66,9 +66,14 @@ class Staging:
         timeline: Timeline,
         devices: DeviceCopies,
         name_of: Callable[[int], str] = str,
+        hurry: bool = False,
     ) -> None:
-        """`name_of`: the name of a tensor by its number in the pieces, for messages."""
-        self._name_of = name_of
+        """
+        Args:
+            name_of: the name of a tensor by its number in the pieces, for messages.
+            hurry: copy first, and leave the checksums to whoever writes: the fence held the training the last time.
+        """
+        self._name_of, self._hurry = name_of, hurry
         self._packer, self._memory, self._timeline, self._devices = packer, memory, timeline, devices
         self._program = program = packer.sources.program
         self._image = memory[: program.layout.total_bytes]
@@ -132,7 +137,7 @@ class Staging:
         """Copy until nothing is left to claim. The copying thread; never raises: `wait_for` does."""
         start, nbytes = time.perf_counter(), 0
         while (chunk := self._claim(self._order)) is not None:
-            nbytes += self._copy(chunk, summed=True)
+            nbytes += self._copy(chunk, summed=not self._hurry)
         if nbytes:
             self._timeline.add("copy", start, time.perf_counter(), nbytes=nbytes)
 
@@ -206,7 +211,7 @@ class Staging:
         low, high = self._program.chunk_range(chunk)
         buffer = self._image[low:high]
         try:
-            if summed:
+            if threading.current_thread() is not threading.main_thread():
                 failpoints.hit("stage.before-chunk")
             rows = self._packer.rows_of(chunk)
             late = np.flatnonzero(self._late[rows]) + rows.start
