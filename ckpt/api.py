@@ -19,12 +19,12 @@ import torch.distributed as dist
 
 from ckpt import config
 from ckpt.config import Options
+from ckpt.engine.attempt import Request, Saved
 from ckpt.engine.load import Loaded, Rename
 from ckpt.engine.pending import PendingSave, first_line
 from ckpt.engine.read import Progress
 from ckpt.engine.reader import StoredCheckpoint
 from ckpt.engine.run import LIVE, Run, State, Url
-from ckpt.engine.save import Request, Saved
 from ckpt.engine.view import Checkpoint
 from ckpt.errors import CheckpointError, InvalidInputError, NotFoundError, SaveFailedError
 from ckpt.events import Sink, Timeline

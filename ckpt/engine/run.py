@@ -23,11 +23,12 @@ from ckpt import config
 from ckpt.commit import find, retention
 from ckpt.commit.gc import collect_garbage
 from ckpt.config import Options
+from ckpt.engine.attempt import Attempt, Request, Saved
 from ckpt.engine.load import Loaded, Rename, load_state
 from ckpt.engine.pending import PendingSave, failed_error, first_line
 from ckpt.engine.read import Progress
 from ckpt.engine.reader import StoredCheckpoint
-from ckpt.engine.save import Attempt, Request, Saved, SaveSession
+from ckpt.engine.save import SaveSession
 from ckpt.engine.torch_world import current_world
 from ckpt.engine.worker import Worker
 from ckpt.engine.world import World, raise_together

@@ -15,9 +15,10 @@ import torch
 
 import ckpt
 from ckpt.config import Options
+from ckpt.engine.attempt import Request
 from ckpt.engine.reader import StoredCheckpoint
 from ckpt.engine.reshard import plan_reshard, reshard
-from ckpt.engine.save import Request, SaveSession
+from ckpt.engine.save import SaveSession
 from ckpt.engine.verify import verify
 from ckpt.layout.files import read_layout
 from ckpt.layout.presets import from_degrees

@@ -22,9 +22,9 @@ from ckpt.commit import find, names
 from ckpt.commit.gc import collect_garbage
 from ckpt.commit.retention import forget
 from ckpt.config import Options
+from ckpt.engine.attempt import Request
 from ckpt.engine.reader import StoredCheckpoint
 from ckpt.engine.reshard import carry_out, plan_copy
-from ckpt.engine.save import Request
 from ckpt.engine.verify import verify, verify_nbytes
 from ckpt.errors import CheckpointError, DamagedError, VersionError
 from ckpt.format import manifest
