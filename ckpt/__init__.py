@@ -49,7 +49,7 @@ _PLACES = {
     "zarr_store": "ckpt.convert.zarr",
     "PendingSave": "ckpt.engine.pending",
     "Loaded": "ckpt.engine.load",
-    "Saved": "ckpt.engine.save",
+    "Saved": "ckpt.engine.attempt",
     "Checkpoint": "ckpt.engine.view",
     "TensorView": "ckpt.engine.view",
     "AlreadyExistsError": "ckpt.errors",

@@ -18,8 +18,9 @@ from typing import Any
 import torch.distributed as dist
 
 from ckpt import config
+from ckpt.commit.complete import Request
 from ckpt.config import Options
-from ckpt.engine.attempt import Request, Saved
+from ckpt.engine.attempt import Saved
 from ckpt.engine.load import Loaded, Rename
 from ckpt.engine.pending import PendingSave, first_line
 from ckpt.engine.read import Progress

@@ -26,7 +26,7 @@ from ckpt.cli.show import show
 from ckpt.cli.tensors import tensors
 from ckpt.cli.unforget import unforget
 from ckpt.cli.verify import verify
-from ckpt.engine.outcome import PROGRAM
+from ckpt.commit.complete import PROGRAM
 from ckpt.errors import CheckpointError
 
 

@@ -6,28 +6,18 @@ In: a request and a plan of this rank. Out: what the steps of a save (engine/sav
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from ckpt.commit.complete import Request
 from ckpt.engine.incremental import Thinned
 from ckpt.events import Timeline
 from ckpt.format import receipt
 from ckpt.snapshot.pack import Packer, PackProgram
 from ckpt.snapshot.staging import Staging
-
-
-@dataclass(frozen=True, kw_only=True)
-class Request:
-    """What goes with the state of one save. Equal on all ranks; rank 0's is stored."""
-
-    step: int
-    metrics: dict[str, float] = field(default_factory=dict)
-    metadata: dict[str, Any] = field(default_factory=dict)
-    layout: dict[str, Any] | None = None
-    incremental: bool = False  # refer to what an earlier checkpoint holds already
 
 
 @dataclass(frozen=True, kw_only=True)

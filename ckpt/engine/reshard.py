@@ -22,8 +22,8 @@ from numpy.typing import NDArray
 import ckpt.commit.publish as publishing
 from ckpt.commit import names
 from ckpt.commit.assemble import Assembled, Assembler
+from ckpt.commit.complete import PROGRAM
 from ckpt.config import Options
-from ckpt.engine.outcome import PROGRAM
 from ckpt.engine.read import Progress, run_reads
 from ckpt.engine.reader import StoredCheckpoint
 from ckpt.errors import CheckpointError

@@ -20,10 +20,12 @@ import numpy as np
 import torch.distributed as dist
 
 from ckpt import config
+from ckpt.collector import collector_paused
 from ckpt.commit import find, retention
+from ckpt.commit.complete import Request
 from ckpt.commit.gc import collect_garbage
 from ckpt.config import Options
-from ckpt.engine.attempt import Attempt, Request, Saved
+from ckpt.engine.attempt import Attempt, Saved
 from ckpt.engine.load import Loaded, Rename, load_state
 from ckpt.engine.pending import PendingSave, failed_error, first_line
 from ckpt.engine.read import Progress
@@ -38,7 +40,6 @@ from ckpt.format.spec import LocalState
 from ckpt.layout.layout import Layout
 from ckpt.snapshot import fence
 from ckpt.state import Collector
-from ckpt.state.memory import collector_paused
 from ckpt.store.base import Store
 from ckpt.store.open import open_store
 

@@ -7,7 +7,7 @@ the training thread; `finish` may run on another one, for one attempt after the 
 
 from __future__ import annotations
 
-import logging
+import threading
 import time
 
 import numpy as np
@@ -15,16 +15,17 @@ from numpy.typing import NDArray
 
 import ckpt.commit.publish as publishing
 from ckpt import failpoints
+from ckpt.collector import collector_paused
 from ckpt.commit import names
+from ckpt.commit.complete import Completion, Request
 from ckpt.config import Options
-from ckpt.engine.attempt import Attempt, Request, Saved
+from ckpt.engine.attempt import Attempt, Saved
 from ckpt.engine.flush import Flusher
 from ckpt.engine.incremental import Earlier, Whole
-from ckpt.engine.outcome import Outcomes
 from ckpt.engine.planned import Planned, Planner
 from ckpt.engine.worker import Worker
 from ckpt.engine.world import World
-from ckpt.errors import AlreadyExistsError, CheckpointError
+from ckpt.errors import AlreadyExistsError, CheckpointError, SaveFailedError
 from ckpt.events import Timeline
 from ckpt.format import receipt
 from ckpt.format.checksum import sha256
@@ -36,12 +37,10 @@ from ckpt.snapshot.fence import NOTHING, Guarded
 from ckpt.snapshot.images import Images
 from ckpt.snapshot.pack import Packer, PackProgram, Sources, bind
 from ckpt.snapshot.staging import Staging, changed_error
-from ckpt.state.memory import collector_paused
 from ckpt.store.base import Store
 
 # A fence that held longer than this makes later saves copy before they sum: 18 instead of 10 CPU ms per 100 MB, but sooner.
 _HURRY_S = 0.005
-_log = logging.getLogger("ckpt")
 
 
 class SaveSession:
@@ -56,7 +55,9 @@ class SaveSession:
         self._hurry = False  # a fence has held the training
         self._copier = Worker("ckpt-copy", options.copy_nice)
         # Of whoever finishes:
-        self._outcomes = Outcomes(store, world, options)
+        self._completion = Completion(store, options, rank=world.rank, world=world.size)
+        self._deciding = threading.Lock()
+        self._sent: str | None = None  # structure whose image table the committer has
         self._flusher = Flusher(store, options)
         self._earlier = Earlier(store, options)
 
@@ -117,7 +118,7 @@ class SaveSession:
             guarded: what fences guard; all else is copied before this returns.
         """
         attempt = self._prepare(local, request, error, timeline or Timeline())
-        with self._outcomes.telling_others(request.step, attempt.id):
+        with self._completion.telling_others(request.step, attempt.id):
             pinned = _on_device(local)
             memory = self._images.take(attempt.program.layout.total_bytes, pinned=pinned)
             attempt.staging = Staging(
@@ -143,7 +144,7 @@ class SaveSession:
         """Write, leave the receipt and wait for the outcome. No collective call. The steps are those of DESIGN 5.5."""
         step, timeline = attempt.request.step, attempt.timeline
         try:
-            with self._outcomes.telling_others(step, attempt.id):
+            with self._completion.telling_others(step, attempt.id):
                 if attempt.request.incremental:
                     self._thin(attempt)
                 nbytes = attempt.written.layout.total_bytes
@@ -151,15 +152,20 @@ class SaveSession:
                 with timeline.phase("write", nbytes=nbytes):
                     direct = self._write_image(attempt)  # 1. this rank's image is durable
                 self._refuse_changed(attempt)
-                changed = self._outcomes.settle(attempt, self._file_name)  # 2. receipt, 3. index durable, 4. manifest
+                with collector_paused():
+                    payload = receipt.pack(self._receipt(attempt))
+                changed = self._completion.complete(  # 2. receipt, 3. index durable, 4. manifest
+                    attempt.request, attempt.id, payload, timeline, lambda: self._decide(attempt)
+                )
         except BaseException as error:
             self._earlier.drop()
-            self._outcomes.forget()
+            self._sent = None  # the committer may have the table of this attempt by now, and no longer the one before
             self._put_back(attempt, error)
             raise
         if attempt.thinned is not None:
             self._earlier.keep(step, attempt.id, self._file_name, self._whole(attempt), attempt.thinned)
         self._put_back(attempt, None)
+        self._sent = attempt.structure
         timeline.add("total", timeline.start, time.perf_counter(), nbytes=nbytes, direct=direct)
         return Saved(
             step=step,
@@ -171,21 +177,30 @@ class SaveSession:
         )
 
     def published_change(self, attempt: Attempt) -> bool | None:
-        """As `Outcomes.published_change`."""
-        return self._outcomes.published_change(attempt)
+        """As `Completion.published_change`."""
+        return self._completion.published_change(attempt.request.step, attempt.id)
 
     def abandon(self, attempt: Attempt, error: CheckpointError) -> None:
         """Give up an attempt that another thread is finishing: stop its copies and tell the other ranks. Any thread.
 
         Nothing is done once this rank is publishing: what others may have seen succeed must not be taken back.
         """
-        if not self._outcomes.give_up(attempt):
-            return
+        with self._deciding:
+            if attempt.decided:
+                return
+            attempt.abandoned = True
         self._flusher.stop(error)
         staging = attempt.staging
         if staging is not None:
             staging.give_up(error)
-        self._outcomes.report(attempt.request.step, attempt.id, error)
+        self._completion.report(attempt.request.step, attempt.id, error)
+
+    def _decide(self, attempt: Attempt) -> None:
+        """From here on the attempt may be published: it cannot be given up any more."""
+        with self._deciding:
+            if attempt.abandoned:
+                raise SaveFailedError(f"step {attempt.request.step} was given up", kind="abandoned")
+            attempt.decided = True
 
     def close(self) -> None:
         """Stop the copying thread and let go of the images. No save is on its way. May be called twice."""
@@ -219,7 +234,7 @@ class SaveSession:
                 raise  # every rank sees it, and nothing is to be touched
             except CheckpointError as problem:
                 error = error or problem  # perhaps of this rank's way to the store alone
-            with self._outcomes.telling_others(request.step, attempt_id):
+            with self._completion.telling_others(request.step, attempt_id):
                 if error is not None:
                     raise error
                 return self._attempt(local, request, planned, changed, attempt_id, timeline)
@@ -331,6 +346,29 @@ class SaveSession:
     @property
     def _file_name(self) -> str:
         return names.image_name(self._world.rank, self._world.size)
+
+    def _receipt(self, attempt: Attempt) -> receipt.Receipt:
+        thinned, is_new = attempt.thinned, self._sent != attempt.structure
+        image = thinned.image if thinned is not None else attempt.image
+        return receipt.Receipt(
+            rank=self._world.rank,
+            world=self._world.size,
+            step=attempt.request.step,
+            attempt=attempt.id,
+            structure=attempt.structure,
+            file=self._file_name,
+            file_bytes=attempt.written.layout.total_bytes,
+            block_bytes=attempt.block_bytes,
+            checksums=attempt.packer.checksums,
+            objects=thinned.objects if thinned is not None else attempt.objects,
+            image=image if is_new else None,
+            digests=thinned.digests if thinned is not None else None,
+            extra={
+                "structure_changed": attempt.changed,
+                "layout": attempt.layout_digest,
+                "tensors": attempt.describe() if is_new else None,
+            },
+        )
 
 
 def _on_device(local: LocalState) -> bool:

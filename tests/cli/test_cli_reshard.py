@@ -14,8 +14,8 @@ import pytest
 import torch
 
 import ckpt
+from ckpt.commit.complete import Request
 from ckpt.config import Options
-from ckpt.engine.attempt import Request
 from ckpt.engine.reader import StoredCheckpoint
 from ckpt.engine.reshard import plan_reshard, reshard
 from ckpt.engine.save import SaveSession
