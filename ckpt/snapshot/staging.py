@@ -160,9 +160,13 @@ class Staging:
         self._timeline.add("fence", start, stop)
 
     def wait_for(self, chunk: int) -> NDArray[np.uint8]:
-        """The bytes of a chunk, when they are all there and summed. Raises what stopped the copy. The writing thread."""
+        """The bytes of a chunk, when they are all there and summed. Raises what stopped the copy. The writing thread.
+
+        In a hurry, when the whole image is copied: sums and writes would take processors and memory from the copy.
+        """
+        wanted = slice(None) if self._hurry else slice(chunk, chunk + 1)
         with self._changed:
-            self._changed.wait_for(lambda: self._error is not None or bool(self._state[chunk] == _DONE))
+            self._changed.wait_for(lambda: self._error is not None or bool((self._state[wanted] == _DONE).all()))
         if self._error is not None:
             raise self._error
         self._devices.wait_for(chunk)
