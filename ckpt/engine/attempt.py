@@ -30,6 +30,7 @@ class Saved:
     seconds: dict[str, float]  # by phase (ckpt/events.py)
     direct: bool = False  # whether the image was written around the page cache
     structure_changed: bool = False  # on some rank, since the ranks planned together
+    tier: str = "store"  # or memory: of the agents alone
 
 
 @dataclass(kw_only=True)
@@ -53,6 +54,9 @@ class Attempt:
     keep_alive: tuple[object, ...] = ()
     decided: bool = False  # this rank has begun to publish it
     abandoned: bool = False
+    to_store: bool = True  # else only into the memory of agents
+    kept: bool = False  # staged in memory of the rank's agent
+    sealed: bool = False  # and handed over to it
     thinned: Thinned | None = None  # what an incremental save writes instead of the whole image
 
     @property

@@ -7,8 +7,10 @@ the training thread; `finish` may run on another one, for one attempt after the 
 
 from __future__ import annotations
 
+import contextlib
 import threading
 import time
+from collections.abc import Iterator
 
 import numpy as np
 from numpy.typing import NDArray
@@ -22,6 +24,7 @@ from ckpt.config import Options
 from ckpt.engine.attempt import Attempt, Saved
 from ckpt.engine.flush import Flusher
 from ckpt.engine.incremental import Earlier, Whole
+from ckpt.engine.keeper import Keeper
 from ckpt.engine.planned import Planned, Planner
 from ckpt.engine.worker import Worker
 from ckpt.engine.world import World
@@ -46,12 +49,13 @@ _HURRY_S = 0.005
 class SaveSession:
     """All saves of one rank into one run. Made by all ranks together."""
 
-    def __init__(self, store: Store, world: World, options: Options) -> None:
-        self._store, self._world, self._options = store, world, options
+    def __init__(self, store: Store, world: World, options: Options, keeper: Keeper | None = None) -> None:
+        self._store, self._world, self._options, self._keeper = store, world, options, keeper
         self._planner = Planner(world, options.chunk_bytes)
         self._count = 0
         self._sources: Sources | None = None
         self._images = Images(options.images_max)
+        self._reserved_for = ""  # the session that the keeper has room for
         self._hurry = False  # a fence has held the training
         self._copier = Worker("ckpt-copy", options.copy_nice)
         # Of whoever finishes:
@@ -79,7 +83,11 @@ class SaveSession:
         self._sources = bind(program, local.pieces, local.storage_of_piece, self._sources)
         if background:
             nbytes = program.layout.total_bytes
-            self._images.give_back(self._images.take(nbytes, pinned=_on_device(local), touched=True))
+            if self._keeper is not None:
+                self._keeper.reserve(nbytes, pinned=_on_device(local))
+                self._reserved_for = self._planner.session
+            else:
+                self._images.give_back(self._images.take(nbytes, pinned=_on_device(local), touched=True))
             self._copier.start()
         self._flusher.prepare(0 if background else program.num_chunks)
 
@@ -111,16 +119,18 @@ class SaveSession:
         error: BaseException | None = None,
         timeline: Timeline | None = None,
         guarded: Guarded = NOTHING,
+        *,
+        to_store: bool = True,
     ) -> Attempt:
         """Begin to copy `local` into an image; then `finish`. All ranks call, with less than `images_max` saves on their way.
 
         Args:
             guarded: what fences guard; all else is copied before this returns.
+            to_store: else only into the memory of agents; SaveFailedError (`skipped`) when none of that is free.
         """
-        attempt = self._prepare(local, request, error, timeline or Timeline())
-        with self._completion.telling_others(request.step, attempt.id):
-            pinned = _on_device(local)
-            memory = self._images.take(attempt.program.layout.total_bytes, pinned=pinned)
+        attempt = self._prepare(local, request, error, timeline or Timeline(), to_store=to_store)
+        with self._telling_others(attempt):
+            memory = self._take(attempt, pinned=_on_device(local))
             attempt.staging = Staging(
                 attempt.packer,
                 memory,
@@ -140,8 +150,73 @@ class SaveSession:
             self._copier.submit(attempt.staging.run)
         return attempt
 
+    def _take(self, attempt: Attempt, *, pinned: bool) -> NDArray[np.uint8]:
+        """Memory for the image: the agent's where there is one, and it has some free."""
+        step, nbytes = attempt.request.step, attempt.program.layout.total_bytes
+        if self._keeper is not None and not attempt.request.incremental:
+            memory = self._keeper.begin(step, attempt.id, nbytes)
+            attempt.kept = memory is not None
+            if memory is not None:
+                return memory
+        if not attempt.to_store:
+            raise SaveFailedError(
+                f"step {step} was not kept in memory: the step before is not protected", kind="skipped"
+            )
+        return self._images.take(nbytes, pinned=pinned)
+
+    @contextlib.contextmanager
+    def _telling_others(self, attempt: Attempt) -> Iterator[None]:
+        """As Completion.telling_others; of what is not for the store, the store hears nothing."""
+        with self._completion.telling_others(attempt.request.step, attempt.id) if attempt.to_store else _nothing():
+            yield
+
     def finish(self, attempt: Attempt) -> Saved:
         """Write, leave the receipt and wait for the outcome. No collective call. The steps are those of DESIGN 5.5."""
+        return self._finish_kept(attempt) if attempt.kept else self._finish_here(attempt)
+
+    def _finish_kept(self, attempt: Attempt) -> Saved:
+        """Hand the image over to the agent, which protects and stores it; and hear what became of it."""
+        step, timeline, keeper, options = attempt.request.step, attempt.timeline, self._keeper, self._options
+        assert keeper is not None and attempt.staging is not None
+        memory, nbytes = attempt.staging.memory, attempt.program.layout.total_bytes
+        try:
+            with self._telling_others(attempt):
+                for chunk in range(attempt.program.num_chunks):
+                    attempt.staging.wait_for(chunk)
+                self._refuse_changed(attempt)
+                with timeline.phase("seal", nbytes=nbytes):
+                    payload = receipt.pack(self._receipt(attempt, whole=True))
+                    keeper.seal(
+                        memory,
+                        image_bytes=nbytes,
+                        receipt=payload,
+                        request=attempt.request,
+                        changed=attempt.changed,
+                    )
+                attempt.sealed = True
+                if attempt.to_store:
+                    keeper.flush(memory)
+                    with timeline.phase("write", nbytes=nbytes):
+                        timeout_s = options.commit_timeout_s + options.outcome_grace_s
+                        changed = keeper.stored(step, attempt.id, timeout_s)
+                else:
+                    with timeline.phase("protect", nbytes=nbytes):
+                        changed = keeper.protected(step, attempt.id, options.protect_timeout_s)
+        except BaseException as error:
+            self._put_back(attempt, error)
+            raise
+        self._put_back(attempt, None)
+        timeline.add("total", timeline.start, time.perf_counter(), nbytes=nbytes)
+        return Saved(
+            step=step,
+            attempt=attempt.id,
+            nbytes=nbytes,
+            seconds=timeline.seconds(),
+            structure_changed=changed and attempt.to_store,
+            tier="store" if attempt.to_store else "memory",
+        )
+
+    def _finish_here(self, attempt: Attempt) -> Saved:
         step, timeline = attempt.request.step, attempt.timeline
         try:
             with self._completion.telling_others(step, attempt.id):
@@ -215,19 +290,37 @@ class SaveSession:
         if staging is not None:
             self._hurry |= staging.fence_s > _HURRY_S
             staging.give_up(error or AssertionError("not all of the image was copied"))
-            self._images.give_back(staging.memory)
+            if attempt.kept and self._keeper is not None:
+                self._keeper.release(staging.memory, sealed=attempt.sealed)
+            else:
+                self._images.give_back(staging.memory)
 
     # planning
 
     @collector_paused()
-    def _prepare(self, local: LocalState, request: Request, error: BaseException | None, timeline: Timeline) -> Attempt:
+    def _prepare(
+        self,
+        local: LocalState,
+        request: Request,
+        error: BaseException | None,
+        timeline: Timeline,
+        *,
+        to_store: bool = True,
+    ) -> Attempt:
         with timeline.phase("plan"):
             session = self._planner.session
             planned, changed = self._planner.plan(local, step=request.step, target=self._store.url, error=error)
             if session != self._planner.session:
                 self._count = 0
+            self._reserve_again(local, planned)
             self._count += 1  # on every rank alike, whatever happens next
             attempt_id = f"{self._planner.session}-{self._count:06d}"  # shared by all ranks without a word
+            if not to_store:
+                if error is not None:
+                    raise error
+                attempt = self._attempt(local, request, planned, changed, attempt_id, timeline)
+                attempt.to_store = False
+                return attempt
             try:
                 publishing.refuse_existing(self._store, request.step)
             except AlreadyExistsError:
@@ -238,6 +331,15 @@ class SaveSession:
                 if error is not None:
                     raise error
                 return self._attempt(local, request, planned, changed, attempt_id, timeline)
+
+    def _reserve_again(self, local: LocalState, planned: Planned) -> None:
+        """Other room in the agents' memory, when all ranks have planned anew. All ranks call."""
+        if self._keeper is None or not self._reserved_for or self._reserved_for == self._planner.session:
+            return
+        payloads = [padded_object(obj.payload) for obj in local.objects]
+        program = self._planner.program(local, planned, payloads)
+        self._keeper.reserve(program.layout.total_bytes, pinned=_on_device(local))
+        self._reserved_for = self._planner.session
 
     def _attempt(
         self,
@@ -347,8 +449,8 @@ class SaveSession:
     def _file_name(self) -> str:
         return names.image_name(self._world.rank, self._world.size)
 
-    def _receipt(self, attempt: Attempt) -> receipt.Receipt:
-        thinned, is_new = attempt.thinned, self._sent != attempt.structure
+    def _receipt(self, attempt: Attempt, *, whole: bool = False) -> receipt.Receipt:
+        thinned, is_new = attempt.thinned, whole or self._sent != attempt.structure
         image = thinned.image if thinned is not None else attempt.image
         return receipt.Receipt(
             rank=self._world.rank,
@@ -369,6 +471,11 @@ class SaveSession:
                 "tensors": attempt.describe() if is_new else None,
             },
         )
+
+
+@contextlib.contextmanager
+def _nothing() -> Iterator[None]:
+    yield
 
 
 def _on_device(local: LocalState) -> bool:
