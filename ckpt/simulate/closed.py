@@ -104,8 +104,8 @@ def _multiplied(a: Sequence[int], b: Sequence[int], degree_max: int) -> list[int
 def loss_at_node_loss(window_s: float, node_mtbf_s: float, *, size: int, parity: int) -> float:
     """The chance that the loss of one node is the one too many for its group.
 
-    That is so when at least `parity` of the other `size - 1` nodes were lost within the window before it, in which a lost share is
-    not yet rebuilt.
+    That is so when at least `parity` of the other `size - 1` nodes were lost within the window before it, in which a lost
+    share is not yet rebuilt.
     """
     if parity == 0:
         return 1.0

@@ -160,9 +160,7 @@ def costs_of(cluster: Cluster, tiers: Tiers, policy: Policy) -> Costs:
     node_bytes = tiers.image_bytes * cluster.ranks_per_node
     pulled_s = node_bytes / min(tiers.network_bytes_per_s, tiers.code_bytes_per_s)  # a node's images, pulled and coded
     own_s = tiers.image_bytes / tiers.memory_bytes_per_s
-    moved_s = max(
-        node_bytes / tiers.store_node_bytes_per_s, node_bytes * cluster.num_nodes / tiers.store_bytes_per_s
-    )
+    moved_s = max(node_bytes / tiers.store_node_bytes_per_s, node_bytes * cluster.num_nodes / tiers.store_bytes_per_s)
     copied_s = max(tiers.memory_stall_s, own_s)
     protected_s = copied_s + parity * pulled_s
     durable_s = tiers.store_stall_s + moved_s

@@ -1,6 +1,7 @@
 """When what fails: one Poisson process for the whole cluster, each event of which then falls on a node, a domain or the site.
 
-In: a cluster and a seed. Out: an endless, reproducible sequence of failures. Pure. Its cost does not depend on the number of nodes.
+In: a cluster and a seed. Out: an endless, reproducible sequence of failures. Pure. Its cost does not depend on the number of
+nodes.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """The simulation: a job that trains, fails and recovers, as processes of simpy.
 
 In: a cluster, its tiers, a policy, a seed. Out: what a run came to, and estimates with intervals of confidence over many runs.
-Reproducible: the same arguments give the same numbers. Failures do not depend on the policy, so that two policies can be compared on
-the same ones.
+Reproducible: the same arguments give the same numbers. Failures do not depend on the policy, so that two policies can be
+compared on the same ones.
 
 Who recovers from what: a crashed trainer from its own agent, at the newest step copied on all nodes; after the loss of nodes, the
 newest protected step, decoded from the group; when more nodes of one group are gone than it has parities, the newest step on the
@@ -81,7 +81,8 @@ def simulate(
     """
     if not 2 <= num_runs <= config.SIMULATE_RUNS_MAX:
         raise InvalidInputError(
-            f"the number of runs must be from 2 to {config.SIMULATE_RUNS_MAX:,}, found {num_runs:,}", kind="bad-simulation"
+            f"the number of runs must be from 2 to {config.SIMULATE_RUNS_MAX:,}, found {num_runs:,}",
+            kind="bad-simulation",
         )
     if not 0 < duration_s < math.inf:
         raise InvalidInputError(f"the duration must be above 0 and finite, found {duration_s}", kind="bad-simulation")
@@ -167,7 +168,9 @@ class _Job:
         """From the failure until training goes on. The loss of another node on the way begins it anew."""
         while True:
             try:
-                yield self.environment.timeout(self._cluster.detect_s + (self._cluster.replace_s if self._absent else 0))
+                yield self.environment.timeout(
+                    self._cluster.detect_s + (self._cluster.replace_s if self._absent else 0)
+                )
                 self._absent.clear()
                 tier = self._tier()
                 yield self.environment.timeout(self._restore_s(tier))

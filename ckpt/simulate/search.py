@@ -1,7 +1,7 @@
 """The best policy for a cluster: intervals of both tiers, and the code.
 
-In: a cluster, its tiers, a demand. Out: a policy. A first-order model ranks the codes and gives starting intervals; the simulation,
-on the same failures for all, decides. Reproducible.
+In: a cluster, its tiers, a demand. Out: a policy. A first-order model ranks the codes and gives starting intervals; the
+simulation, on the same failures for all, decides. Reproducible.
 """
 
 from __future__ import annotations
@@ -65,7 +65,9 @@ def best_policy(
         return simulate(cluster, tiers, policy, duration_s=duration_s, num_runs=num_runs, seed=seed).goodput.value
 
     started = [start_of(cluster, tiers, demand, size, parity) for size, parity in codes(cluster, demand)]
-    fitting = [p for p in started if costs_of(cluster, tiers, p).memory_bytes_per_rank <= demand.memory_bytes_per_rank_max]
+    fitting = [
+        p for p in started if costs_of(cluster, tiers, p).memory_bytes_per_rank <= demand.memory_bytes_per_rank_max
+    ]
     if not fitting:
         raise InvalidInputError(
             "no code fits: the demanded group size, parity and memory leave none",
@@ -135,9 +137,7 @@ def model_of(cluster: Cluster, tiers: Tiers, policy: Policy) -> Model:
     groups = Groups(cluster=cluster, group_size=policy.group_size, parity=policy.parity)
     window_s = cluster.detect_s + cluster.replace_s + c.decode_s + c.rebuild_s
     gone = -math.expm1(-window_s / cluster.node_mtbf_s)
-    at_node = closed.loss_at_node_loss(
-        window_s, cluster.node_mtbf_s, size=policy.group_size, parity=policy.parity
-    )
+    at_node = closed.loss_at_node_loss(window_s, cluster.node_mtbf_s, size=policy.group_size, parity=policy.parity)
     at_domain = 1.0
     if policy.has_memory and (together := groups.most_in_one_domain) <= policy.parity:
         of_one = closed.tail(gone, policy.group_size - together, policy.parity - together)

@@ -1,7 +1,7 @@
-"""Undisturbed training between two failures, computed instead of stepped through: where it is after some time, what is saved by then.
+"""Undisturbed training between two failures, computed instead of stepped through: where it is, and what is saved by then.
 
-In: costs, the work done at the start. Out: progress, and the newest snapshot of each tier. Pure. Its cost does not depend on how long
-training goes on, which is what makes 100,000 ranks affordable.
+In: costs, the work done at the start. Out: progress, and the newest snapshot of each tier. Pure. Its cost does not depend on
+how long training goes on, which is what makes a month of few failures as cheap as a minute of many.
 """
 
 from __future__ import annotations
@@ -61,7 +61,9 @@ class Stretch:
         every_s = self.costs.memory_every_s
         first = _index(self.work_s, every_s) + 1
         for i in range(first + progress.num_snapshots - 1, first - 1, -1):
-            begun_s = self.start_s + self._elapsed_s(i * every_s, i - 1, _index_before(i * every_s, self.costs.store_every_s))
+            begun_s = self.start_s + self._elapsed_s(
+                i * every_s, i - 1, _index_before(i * every_s, self.costs.store_every_s)
+            )
             if begun_s + after_s <= now_s:
                 return i * every_s, begun_s
         return None
@@ -91,4 +93,3 @@ def _index(work_s: float, every_s: float) -> int:
 def _index_before(work_s: float, every_s: float) -> int:
     """How many are less than `work_s`."""
     return math.ceil(work_s / every_s * (1 - 1e-12) - 1e-9) - 1 if work_s / every_s > 1e-9 else 0
-
