@@ -254,7 +254,8 @@ class _Job:
     # Recovery
 
     def _tier(self) -> str:
-        """The tier that has the newest step; the nearer one of two."""
+        """The tier that has the newest step now; the nearer one of two."""
+        self._settle()
         near, step = ("peers", self._protected) if self._nodes_lost else ("own", self._copied)
         return near if step is not None and step >= self._durable else "store"
 

@@ -40,15 +40,11 @@ def run_with(*events: Failure, policy: Policy = POLICY, duration_s: float = 1000
 
 
 def test_without_failures_only_stalls_cost() -> None:
-    done = run_with(duration_s=1150)  # 1,000 s of work: 49 or 50 snapshots before it, 9 or 10 saves
+    """1,022 s of work in 1,154 s: snapshots at 20, 40, ..., 1,020 for 2 s each, saves at 100, ..., 1,000 for 3 s each."""
+    done = run_with(duration_s=1154)
 
-    assert (done.work_s, done.stalled_s, done.lost_s, done.down_s) == pytest.approx(
-        (1150 - 49 * 2 - 9 * 3 - 2 - 3 - 0, 0, 0, 0)
-    ) or (
-        done.work_s + done.stalled_s == pytest.approx(1150)
-        and done.stalled_s == 2 * done.num_snapshots + 3 * done.num_saves
-    )
     assert (done.num_snapshots, done.num_saves) == (51, 10)
+    assert (done.work_s, done.stalled_s, done.lost_s, done.down_s) == pytest.approx((1022, 132, 0, 0))
 
 
 def test_a_crashed_trainer_comes_back_from_its_own_agent_at_the_newest_copied_step() -> None:
@@ -94,13 +90,11 @@ def test_nodes_of_different_groups_may_go_together() -> None:
 @pytest.mark.parametrize(("second_s", "tier"), [(150 + 1 + 10 + 12 + 3.5, "store"), (150 + 1 + 10 + 12 + 4.5, "peers")])
 def test_a_lost_share_is_missing_until_it_is_rebuilt(second_s: float, tier: str) -> None:
     """Decoding ends 23 s after the failure, the parity is rebuilt 4 s later, training goes on 5 s after decoding."""
-    done = run_with(fail(150, "node", 0), fail(second_s, "node", 0), fail(second_s, "node", 3), duration_s=300)
-    same = Groups(cluster=CLUSTER, group_size=4, parity=1)
-    assert same.group_of(0) == same.group_of(3)
+    groups = Groups(cluster=CLUSTER, group_size=4, parity=1)
+    mate = next(n for n in range(1, 12) if groups.group_of(n) == groups.group_of(0))
+    done = run_with(fail(150, "node", 0), fail(second_s, "node", mate), duration_s=300)
 
-    assert done.recoveries[tier] == 1 or tier == "peers" and done.recoveries["store"] == 1  # two of a group at once
-    single = run_with(fail(150, "node", 0), fail(second_s, "node", 3), duration_s=300)
-    assert single.recoveries == {"own": 0, "peers": int(tier == "peers"), "store": int(tier == "store")}
+    assert done.recoveries == {"own": 0, "peers": int(tier == "peers"), "store": int(tier == "store")}
 
 
 def test_a_node_that_is_not_there_cannot_fail_again_and_trainers_that_are_down_cannot_crash() -> None:
@@ -143,7 +137,7 @@ POLICIES = [
 
 @pytest.mark.parametrize("policy", POLICIES, ids=str)
 def test_random_failures_come_to_the_same_as_stepping_through_every_snapshot(policy: Policy) -> None:
-    for seed in range(60):
+    for seed in range(150):
         events = random_failures(seed)
         found = run(CLUSTER, TIERS, policy, duration_s=3000, events=events)
         stepped = Stepper(policy).play(events, 3000)
@@ -190,10 +184,11 @@ class Stepper:
                 break
             failed, lost_nodes = now, self.strike(hit, now, up=True)
             phases = ["detect", "restore", "restart"]
-            tier = "store"
+            tier, kept = "store", 0.0
             while phases:
                 if phases[0] == "restore":
                     tier = self.tier(lost_nodes, now)
+                    kept = self.newest(tier, now)
                 seconds = {
                     "detect": 1 + (10 if self.absent else 0),
                     "restore": {"own": self.costs.own_s, "peers": self.costs.decode_s, "store": self.costs.load_s}[
@@ -229,8 +224,8 @@ class Stepper:
                 if now >= end_s:
                     break
                 self.done(phases.pop(0), tier, now)
-            tier = self.tier(lost_nodes, min(now, end_s)) if phases else tier
-            kept = self.newest(tier, min(now, end_s))
+            if phases:  # the run ends first: what it would come back to
+                kept = self.newest(self.tier(lost_nodes, end_s), end_s)
             total["lost_s"] += work - kept
             total["down_s"] += min(now, end_s) - failed
             work = kept
@@ -310,23 +305,6 @@ class Stepper:
 # The closed forms.
 
 ONLY_NODES: dict[str, float] = {"trainer_mtbf_s": math.inf, "domain_mtbf_s": math.inf, "site_mtbf_s": math.inf}
-
-
-@pytest.mark.parametrize("interval_s", [100.0, 300.0, 774.6, 2000.0])
-def test_goodput_of_a_single_tier_is_that_of_dalys_complete_model(interval_s: float) -> None:
-    """A save takes 30 s of training, a failure comes every 10,000 s, a restart takes 200 s and can fail as well."""
-    cluster = Cluster(
-        num_nodes=100, ranks_per_node=1, node_mtbf_s=1e6, detect_s=50, replace_s=100, restart_s=40, **ONLY_NODES
-    )
-    tiers = Tiers(image_bytes=1, store_node_bytes_per_s=0.1, store_bytes_per_s=1e6, store_stall_s=30, slowdown=0)
-    # The model knows no flush in the background: the store here is free to write but takes 10 s to load, after each restart.
-    policy = Policy(memory_every_s=math.inf, store_every_s=interval_s)
-    found = simulate(cluster, tiers, policy, duration_s=400 * DAY_S, num_runs=12).goodput
-    known = [1 / closed.wall_per_work(interval_s, 30, 1e4 - late, restart_s=200) for late in (0, 0)]
-    late = 10.0 / 1e4  # a failure in the 10 s before a save is durable costs one interval more
-    low = known[0] - late * (interval_s + 30) / 1e4 * 1.2 - 2e-4
-
-    assert found.low <= known[0] and found.high >= low
 
 
 def test_single_tier_with_a_store_at_once_is_dalys_model_within_its_confidence() -> None:
