@@ -1,4 +1,4 @@
-"""Make the chart and the table of docs/explanation/simulation.md: clusters of 128 to 100,000 ranks with and without a memory tier.
+"""Make the chart and the table of docs/explanation/simulation.md: 128 to 100,000 ranks with and without a memory tier.
 
     python scripts/simulation_page.py
 

@@ -21,8 +21,8 @@ from ckpt.simulate.cluster import DAY_S, Cluster, Groups, Policy, Tiers, costs_o
 from ckpt.simulate.failures import Failure
 from ckpt.simulate.run import Run, run, simulate
 
-# Whole numbers all: a snapshot stalls for 2 s, is copied 4 s and protected 4 + 4 m s after its start; a save stalls for 3 s and is
-# durable after 3 + 16 s; recovery takes 1 + 4 + 5 s from the own agent, 10 s more and 4 (n - m) s of decoding after a node loss.
+# Whole numbers all: a snapshot stalls for 2 s, is copied 4 s and protected 4 + 4 m s after its start; a save stalls for 3 s and
+# is durable after 3 + 16 s; recovery takes 1 + 4 + 5 s from the own agent, 10 s more and 4 (n - m) s of decoding after a node loss.
 CLUSTER = Cluster(num_nodes=12, ranks_per_node=1, nodes_per_domain=3, detect_s=1, replace_s=10, restart_s=5)
 TIERS = Tiers(
     image_bytes=4, memory_bytes_per_s=1, network_bytes_per_s=1, code_bytes_per_s=1, store_node_bytes_per_s=0.25,
