@@ -60,9 +60,9 @@ def simulate(printer: Printer, file: str | None, ranks: tuple[int, ...], **given
     rows = rows_of(clusters, tiers, demand, duration_s=duration_s, num_runs=num_runs, seed=seed, told=printer.note)
     printer.document(
         {
-            "cluster": _record(cluster),
-            "tiers": _record(tiers),
-            "demand": _record(demand),
+            "cluster": dataclasses.asdict(cluster),
+            "tiers": dataclasses.asdict(tiers),
+            "demand": dataclasses.asdict(demand),
             "duration_s": duration_s,
             "num_runs": num_runs,
             "seed": seed,
@@ -79,11 +79,6 @@ def _read(path: str) -> str:
             return stream.read(SIMULATE_FILE_BYTES_MAX + 1)
     except (OSError, UnicodeDecodeError) as error:
         raise InvalidInputError(f"cluster file `{path}` cannot be read: {error}", kind="bad-cluster") from error
-
-
-def _record(record: Any) -> dict[str, Any]:
-    """The fields of a record; null for what never happens, or has no limit."""
-    return {k: None if v is not None and math.isinf(v) else v for k, v in dataclasses.asdict(record).items()}
 
 
 def _print(printer: Printer, rows: list[Row], *, footer: str) -> None:

@@ -116,10 +116,10 @@ def loss_at_node_loss(window_s: float, node_mtbf_s: float, *, size: int, parity:
 
 
 def mean_of(samples: Sequence[float], *, confidence: float = 0.95) -> Estimate:
-    """The mean of independent samples (two at least) with Student's interval."""
+    """The mean of independent shares (two at least) with Student's interval, as far as it lies between 0 and 1."""
     mean = fmean(samples)
     half = student(confidence, len(samples) - 1) * stdev(samples) / math.sqrt(len(samples))
-    return Estimate(value=mean, low=mean - half, high=mean + half)
+    return Estimate(value=mean, low=max(0.0, mean - half), high=min(1.0, mean + half))
 
 
 def share_of(num_hits: int, num_tries: int, *, confidence: float = 0.95) -> Estimate:

@@ -22,7 +22,7 @@ from ckpt.simulate.failures import Failure
 from ckpt.simulate.run import Run, run, simulate
 
 # Whole numbers all: a snapshot stalls for 2 s, is copied 4 s and protected 4 + 4 m s after its start; a save stalls for 3 s and
-# is durable after 3 + 16 s; recovery takes 1 + 4 + 5 s from the own agent, 10 s more and 4 (n - m) s of decoding after a node loss.
+# is durable after 3 + 16 s; recovery takes 1 + 4 + 5 s from the own agent; after a node loss 10 s more, 4 (n - m) s to decode.
 CLUSTER = Cluster(num_nodes=12, ranks_per_node=1, nodes_per_domain=3, detect_s=1, replace_s=10, restart_s=5)
 TIERS = Tiers(
     image_bytes=4, memory_bytes_per_s=1, network_bytes_per_s=1, code_bytes_per_s=1, store_node_bytes_per_s=0.25,
@@ -314,11 +314,11 @@ def test_single_tier_with_a_store_at_once_is_dalys_model_within_its_confidence()
     tiers = Tiers(image_bytes=1, store_node_bytes_per_s=1e9, store_bytes_per_s=1e9, store_stall_s=30, slowdown=0)
     for interval_s in (100.0, 300.0, 761.0, 2000.0, 6000.0):
         policy = Policy(memory_every_s=math.inf, store_every_s=interval_s)
-        runs = simulate(cluster, tiers, policy, duration_s=400 * DAY_S, num_runs=12)
+        runs = simulate(cluster, tiers, policy, duration_s=150 * DAY_S, num_runs=12)
         known = 1 / closed.wall_per_work(interval_s, 30, 1e4, restart_s=200)
         half = (runs.goodput.high - runs.goodput.low) / 2
 
-        assert half < 0.002
+        assert half < 0.004
         assert abs(runs.goodput.value - known) < 2 * half  # 1 in 1,500 by chance; the seeds are fixed
 
 
@@ -329,7 +329,7 @@ def test_memory_tier_is_lost_as_often_as_the_binomial_says(size: int) -> None:
     # Snapshots are rare, so that hardly a share is back by one of them before it is rebuilt.
     policy = Policy(memory_every_s=900, store_every_s=600 * 1000, group_size=size, parity=1)
     costs = costs_of(cluster, tiers, policy)
-    found = simulate(cluster, tiers, policy, duration_s=100 * DAY_S, num_runs=60)
+    found = simulate(cluster, tiers, policy, duration_s=100 * DAY_S, num_runs=40)
     window_s = cluster.detect_s + cluster.replace_s + costs.decode_s + costs.rebuild_s
     known = closed.loss_at_node_loss(window_s, cluster.node_mtbf_s, size=size, parity=1)
     lost = 1 - found.node_loss_survival.value
