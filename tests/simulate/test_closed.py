@@ -141,3 +141,12 @@ def test_shares_without_a_hit_a_miss_or_a_try() -> None:
     assert (none.low, round(none.high, 3)) == (0, 0.037)
     assert (round(all_of_them.low, 3), all_of_them.high) == (0.963, 1)
     assert (untried.low, untried.high, math.isnan(untried.value)) == (0, 1, True)
+
+
+def test_a_mean_has_students_interval_within_0_and_1() -> None:
+    found = closed.mean_of([0.5, 0.6, 0.7])
+
+    assert (found.low, found.value, found.high) == pytest.approx(
+        (0.6 - 4.303 * 0.1 / 3**0.5, 0.6, 0.6 + 4.303 * 0.1 / 3**0.5), abs=1e-4
+    )
+    assert closed.mean_of([1.0, 0.9]).high == 1.0
