@@ -54,7 +54,7 @@ def best_interval_s(cost_s: float, mtbf_s: float) -> float:
     low, high = 0.0, 1.0  # in MTBFs: the root of (1 - x) exp(x + cost / MTBF) = 1, where the derivative vanishes
     for _ in range(100):
         middle = (low + high) / 2
-        if math.log1p(-middle) + middle + cost_s / mtbf_s > 0:
+        if middle < 1 and math.log1p(-middle) + middle + cost_s / mtbf_s > 0:
             low = middle
         else:
             high = middle

@@ -106,6 +106,7 @@ def test_best_interval_is_where_the_complete_model_is_least(cost_s: float, mtbf_
 
 def test_free_checkpoints_and_clusters_that_never_fail() -> None:
     assert (closed.best_interval_s(0, H), closed.best_interval_s(1, math.inf)) == (0, math.inf)
+    assert closed.best_interval_s(H, 0.001) == pytest.approx(0.001)  # hopeless: as seldom as it fails
 
 
 def test_a_node_loss_is_one_too_many_by_the_binomial_tail() -> None:
