@@ -318,7 +318,7 @@ def test_single_tier_with_a_store_at_once_is_dalys_model_within_its_confidence()
         known = 1 / closed.wall_per_work(interval_s, 30, 1e4, restart_s=200)
         half = (runs.goodput.high - runs.goodput.low) / 2
 
-        assert half < 0.004
+        assert half < 0.006
         assert abs(runs.goodput.value - known) < 2 * half  # 1 in 1,500 by chance; the seeds are fixed
 
 
