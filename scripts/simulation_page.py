@@ -49,10 +49,10 @@ def line_of(name: str, row: Row) -> str:
     return "| " + " | ".join(
         (
             f"{row.cluster.num_ranks:,}",
-            time(row.cluster.mtbf_s),
+            span(row.cluster.mtbf_s),
             name if name != "best code" else f"best: {row.scheme}",
-            time(costs.memory_every_s) if memory else "",
-            time(costs.store_every_s),
+            span(costs.memory_every_s) if memory else "",
+            span(costs.store_every_s),
             f"{100 * result.goodput.value:.2f} ± {100 * half:.2f} %",
             f"{100 * result.lost:.2f} %",
             f"{100 * result.down:.2f} %",
@@ -63,7 +63,7 @@ def line_of(name: str, row: Row) -> str:
     ) + " |"  # fmt: skip
 
 
-def time(seconds: float) -> str:
+def span(seconds: float) -> str:
     """`12 s`, `4.5 min`, `3.1 h`, `15 d`."""
     for unit, length in (("d", 86400), ("h", 3600), ("min", 60)):
         if seconds >= 1.5 * length:
