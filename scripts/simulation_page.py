@@ -8,11 +8,13 @@ same program gives the same figures (`tests/docs/test_simulation_page.py` makes 
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from pathlib import Path
 
-from ckpt.simulate.cluster import Cluster, Tiers
-from ckpt.simulate.run import simulate
+from ckpt.simulate import closed
+from ckpt.simulate.cluster import Cluster, Policy, Tiers, costs_of
+from ckpt.simulate.run import Result, simulate
 from ckpt.simulate.search import Demand, best_policy, model_of
 from ckpt.simulate.table import Row, sized
 
@@ -26,6 +28,9 @@ SCHEMES = {
     "coded, any 2 of 10": Demand(group_size=10, parity=2),
     "best code": Demand(),
 }
+GROUPS = ((5, 1), (2, 1), (10, 2), (12, 3))  # of the chart on the right
+CHANCES = (0.002, 0.005, 0.01, 0.02, 0.04)
+COLOURS = ("#888888", "#d98c21", "#1b6ca8", "#2a9d5c")
 DURATION_S, NUM_RUNS, SEARCH_RUNS, SEED = 30 * 86400.0, 40, 6, 0
 HEAD = (
     "| ranks | fails every | scheme | memory every | store every | goodput | lost | down | node loss survived "
@@ -71,6 +76,20 @@ def span(seconds: float) -> str:
     return f"{seconds:.3g} s"
 
 
+def survival(size: int, parity: int, chance: float) -> Result:
+    """One group whose nodes are lost with this chance each while a lost share is missing; about 12,000 losses."""
+    tiers = Tiers(image_bytes=1, network_bytes_per_s=0.1, code_bytes_per_s=1, memory_bytes_per_s=1e9, slowdown=0)
+    policy = Policy(memory_every_s=1200, store_every_s=1e6, group_size=size, parity=parity)
+    cluster = Cluster(
+        num_nodes=size, ranks_per_node=1, nodes_per_domain=1, replace_s=1000,
+        trainer_mtbf_s=math.inf, domain_mtbf_s=math.inf, site_mtbf_s=math.inf,
+    )  # fmt: skip
+    costs = costs_of(cluster, tiers, policy)
+    window_s = cluster.detect_s + cluster.replace_s + costs.decode_s + costs.rebuild_s
+    cluster = dataclasses.replace(cluster, node_mtbf_s=-window_s / math.log1p(-chance))
+    return simulate(cluster, tiers, policy, duration_s=1200 * cluster.node_mtbf_s / size, num_runs=10, seed=SEED)
+
+
 def draw(rows: dict[str, list[Row]]) -> None:
     """The chart: goodput, and the chance that the loss of a node is one too many for the memory tier."""
     import matplotlib as mpl
@@ -79,38 +98,30 @@ def draw(rows: dict[str, list[Row]]) -> None:
     from matplotlib import pyplot as plt
 
     figure, (left, right) = plt.subplots(1, 2, figsize=(10, 4), layout="constrained")
-    for (name, found), colour in zip(rows.items(), ("#888888", "#d98c21", "#1b6ca8", "#2a9d5c"), strict=True):
+    for (name, found), colour in zip(rows.items(), COLOURS, strict=True):
         ranks = [row.cluster.num_ranks for row in found]
         goodput = [row.result.goodput for row in found]
         bars = [[100 * (g.value - g.low) for g in goodput], [100 * (g.high - g.value) for g in goodput]]
-        left.errorbar(
-            ranks, [100 * g.value for g in goodput], yerr=bars, label=name, color=colour, marker="o", ms=4, capsize=2
+        middle = [100 * g.value for g in goodput]
+        left.errorbar(ranks, middle, yerr=bars, label=name, color=colour, marker="o", ms=4, capsize=2)
+    left.set(xscale="log", xlabel="ranks", ylabel="goodput, %", ylim=(0, 100), title="Time that is work which counts")
+    for (size, parity), colour in zip(GROUPS, COLOURS, strict=True):
+        shares = [(p, survival(size, parity, p).node_loss_survival) for p in CHANCES]
+        shares = [(p, share) for p, share in shares if share.value < 1]
+        lost = [1 - share.value for _, share in shares]
+        bars = [[share.high - share.value for _, share in shares], [share.value - share.low for _, share in shares]]
+        right.errorbar(
+            [p for p, _ in shares], lost, yerr=bars, color=colour, marker="o", ms=4, capsize=2, linestyle="none"
         )
-        if name != "store only" and name != "best code":
-            lost = [row.result.node_loss_survival for row in found]
-            middle = [100 * (1 - s.value) for s in lost]
-            bars = [[100 * (s.high - s.value) for s in lost], [100 * (s.value - s.low) for s in lost]]
-            shown = [i for i, value in enumerate(middle) if value > 0]
-            right.errorbar(
-                [ranks[i] for i in shown], [middle[i] for i in shown], yerr=[[b[i] for i in shown] for b in bars],
-                label=f"{name}, simulated", color=colour, marker="o", ms=4, capsize=2, linestyle="none",
-            )  # fmt: skip
-            right.plot(ranks, [100 * model_loss(row) for row in found], label=f"{name}, closed form", color=colour)
-    left.set(xscale="log", xlabel="ranks", ylabel="goodput, %", ylim=(0, 100), title="Time that is work that counts")
-    right.set(
-        xscale="log", yscale="log", xlabel="ranks", ylabel="%", title="Outages with nodes lost that need the store"
-    )
+        line = [closed.tail(p, size - 1, parity - 1) for p in CHANCES]
+        right.plot(CHANCES, line, color=colour, label=f"any {parity} of {size}")
+    right.set(xscale="log", yscale="log", xlabel="chance of a node to be lost while a share is missing")
+    right.set(ylabel="chance", ylim=(1e-5, 1), title="A node loss is one too many for its group")
     for axis in (left, right):
         axis.grid(alpha=0.3)
         axis.legend(fontsize=8)
     figure.savefig(PICTURE, dpi=90, metadata={"Software": None})
     plt.close(figure)
-
-
-def model_loss(row: Row) -> float:
-    """By the closed forms, the share of the outages with nodes lost that the memory tier does not survive."""
-    rates = row.cluster.rates_per_s
-    return row.model.store_rate_per_s / (rates["node"] + rates["domain"] + rates["site"])
 
 
 def main() -> None:
