@@ -79,7 +79,7 @@ def span(seconds: float) -> str:
 def survival(size: int, parity: int, chance: float) -> Result:
     """One group whose nodes are lost with this chance each while a lost share is missing; about 12,000 losses."""
     tiers = Tiers(image_bytes=1, network_bytes_per_s=0.1, code_bytes_per_s=1, memory_bytes_per_s=1e9, slowdown=0)
-    policy = Policy(memory_every_s=1200, store_every_s=1e6, group_size=size, parity=parity)
+    policy = Policy(memory_every_s=100, store_every_s=1e6, group_size=size, parity=parity)
     cluster = Cluster(
         num_nodes=size, ranks_per_node=1, nodes_per_domain=1, replace_s=1000,
         trainer_mtbf_s=math.inf, domain_mtbf_s=math.inf, site_mtbf_s=math.inf,
@@ -113,10 +113,10 @@ def draw(rows: dict[str, list[Row]]) -> None:
         right.errorbar(
             [p for p, _ in shares], lost, yerr=bars, color=colour, marker="o", ms=4, capsize=2, linestyle="none"
         )
-        line = [closed.tail(p, size - 1, parity - 1) for p in CHANCES]
+        line = [closed.loss_after(1, -math.log1p(-p), 1.0, size=size, parity=parity) for p in CHANCES]
         right.plot(CHANCES, line, color=colour, label=f"any {parity} of {size}")
     right.set(xscale="log", yscale="log", xlabel="chance of a node to be lost while a share is missing")
-    right.set(ylabel="chance", ylim=(1e-5, 1), title="A node loss is one too many for its group")
+    right.set(ylabel="chance", ylim=(1e-5, 1), title="Memory does not survive a node loss")
     for axis in (left, right):
         axis.grid(alpha=0.3)
         axis.legend(fontsize=8)

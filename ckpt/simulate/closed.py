@@ -101,15 +101,17 @@ def _multiplied(a: Sequence[int], b: Sequence[int], degree_max: int) -> list[int
     return out
 
 
-def loss_at_node_loss(window_s: float, node_mtbf_s: float, *, size: int, parity: int) -> float:
-    """The chance that the loss of one node is the one too many for its group.
+def loss_after(num_lost: int, window_s: float, node_mtbf_s: float, *, size: int, parity: int) -> float:
+    """The chance that a group which has just lost `num_lost` nodes at once goes on to lose more than `parity`.
 
-    That is so when at least `parity` of the other `size - 1` nodes were lost within the window before it, in which a lost
-    share is not yet rebuilt.
+    It does when each further loss falls within the window after the one before, in which lost shares are not yet rebuilt: a
+    loss during a recovery begins it anew. For short windows this gives the usual mean time to data
+    loss, (MTBF / W)^m MTBF / (n (n - 1) ... (n - m)).
     """
-    if parity == 0:
-        return 1.0
-    return tail(-math.expm1(-window_s / node_mtbf_s), size - 1, parity - 1)
+    chance = 1.0
+    for i in range(num_lost, parity + 1):
+        chance *= -math.expm1(-(size - i) * window_s / node_mtbf_s)
+    return chance
 
 
 # Intervals of confidence.

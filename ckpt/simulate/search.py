@@ -136,11 +136,11 @@ def model_of(cluster: Cluster, tiers: Tiers, policy: Policy) -> Model:
     c, rates = costs_of(cluster, tiers, policy), cluster.rates_per_s
     groups = Groups(cluster=cluster, group_size=policy.group_size, parity=policy.parity)
     window_s = cluster.detect_s + cluster.replace_s + c.decode_s + c.rebuild_s
-    gone = -math.expm1(-window_s / cluster.node_mtbf_s)
-    at_node = closed.loss_at_node_loss(window_s, cluster.node_mtbf_s, size=policy.group_size, parity=policy.parity)
+    node = {"size": policy.group_size, "parity": policy.parity}
+    at_node = closed.loss_after(1, window_s, cluster.node_mtbf_s, **node)
     at_domain = 1.0
-    if policy.has_memory and (together := groups.most_in_one_domain) <= policy.parity:
-        of_one = closed.tail(gone, policy.group_size - together, policy.parity - together)
+    if policy.has_memory:
+        of_one = closed.loss_after(groups.most_in_one_domain, window_s, cluster.node_mtbf_s, **node)
         hit = min(groups.num_groups, cluster.nodes_per_domain)
         at_domain = -math.expm1(hit * math.log1p(-of_one)) if of_one < 1 else 1.0
     if not policy.has_memory:

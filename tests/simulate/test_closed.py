@@ -109,13 +109,22 @@ def test_free_checkpoints_and_clusters_that_never_fail() -> None:
     assert closed.best_interval_s(H, 0.001) == pytest.approx(0.001)  # hopeless: as seldom as it fails
 
 
-def test_a_node_loss_is_one_too_many_by_the_binomial_tail() -> None:
-    window_s, mtbf_s = 600.0, 5 * D
-    p = 1 - math.exp(-window_s / mtbf_s)
+def test_a_group_goes_on_to_lose_too_many_when_each_loss_follows_in_time() -> None:
+    def after(num_lost: int, parity: int) -> float:
+        return closed.loss_after(num_lost, 600.0, 5 * D, size=4, parity=parity)
 
-    assert closed.loss_at_node_loss(window_s, mtbf_s, size=4, parity=0) == 1
-    assert closed.loss_at_node_loss(window_s, mtbf_s, size=4, parity=1) == pytest.approx(1 - (1 - p) ** 3)
-    assert closed.loss_at_node_loss(window_s, mtbf_s, size=4, parity=3) == pytest.approx(p**3)
+    follows = {others: 1 - math.exp(-others * 600.0 / (5 * D)) for others in (1, 2, 3)}
+
+    assert [after(1, 0), after(2, 1), after(4, 3)] == [1, 1, 1]
+    assert [after(1, 1), after(1, 2)] == pytest.approx([follows[3], follows[3] * follows[2]])
+    assert [after(1, 3), after(2, 3)] == pytest.approx([follows[3] * follows[2] * follows[1], follows[2] * follows[1]])
+
+
+def test_that_chance_gives_the_usual_mean_time_to_data_loss() -> None:
+    size, parity, window_s, mtbf_s = 10, 2, 100.0, 300 * D
+    mttdl_s = 1 / (size / mtbf_s * closed.loss_after(1, window_s, mtbf_s, size=size, parity=parity))
+
+    assert mttdl_s == pytest.approx((mtbf_s / window_s) ** parity * mtbf_s / (10 * 9 * 8), rel=1e-3)
 
 
 @pytest.mark.parametrize(
