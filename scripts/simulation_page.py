@@ -3,7 +3,7 @@
     python scripts/simulation_page.py
 
 In: nothing; seeds and sizes stand below. Out: docs/explanation/simulation.png, and the table between the marks of the page. The
-same program gives the same figures (`tests/docs/test_simulation_page.py` makes some of the rows again). About two minutes.
+same program gives the same figures (`tests/docs/test_simulation_page.py` makes some of the rows again). About a minute.
 """
 
 from __future__ import annotations
@@ -117,9 +117,11 @@ def draw(rows: dict[str, list[Row]]) -> None:
         right.plot(CHANCES, line, color=colour, label=f"any {parity} of {size}")
     right.set(xscale="log", yscale="log", xlabel="chance of a node to be lost while a share is missing")
     right.set(ylabel="chance", ylim=(1e-5, 1), title="Memory does not survive a node loss")
-    for axis in (left, right):
+    right.set_xticks(CHANCES, [f"{100 * p:g} %" for p in CHANCES])
+    right.minorticks_off()
+    for axis, place in ((left, "lower left"), (right, "lower right")):
         axis.grid(alpha=0.3)
-        axis.legend(fontsize=8)
+        axis.legend(fontsize=8, loc=place)
     figure.savefig(PICTURE, dpi=90, metadata={"Software": None})
     plt.close(figure)
 
