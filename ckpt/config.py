@@ -133,3 +133,11 @@ EVENT_LOG_READ_BYTES_MAX = 256 * MIB  # parsed at once, newest files first
 # Limits of the report of a run.
 REPORT_RANKS_MAX = 512  # in one timeline; of more ranks, the slowest
 REPORT_ROWS_MAX = 500  # in one table, the newest
+
+# Limits of `ckpt simulate`.
+SIMULATE_NODES_MAX = 1_000_000
+SIMULATE_FAILURES_MAX = 20_000_000  # of all runs of one policy together; some minutes
+SIMULATE_RUNS_MAX = 100_000
+SIMULATE_GROUP_MAX = 255  # nodes of one group: points of GF(2^8)
+SIMULATE_SIZES_MAX = 64  # clusters in one table
+SIMULATE_FILE_BYTES_MAX = 64 * KIB  # a cluster file
