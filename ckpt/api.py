@@ -8,25 +8,28 @@ from __future__ import annotations
 
 import atexit
 import concurrent.futures.thread  # noqa: F401 - registers its own end first; see _finish_all
+import functools
 import logging
 import os
 import signal
 import threading
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch.distributed as dist
 
 from ckpt import config
 from ckpt.commit.complete import Request
-from ckpt.config import Options
+from ckpt.config import Memory, Options
 from ckpt.engine.attempt import Saved
 from ckpt.engine.load import Loaded, Rename
 from ckpt.engine.pending import PendingSave, first_line
 from ckpt.engine.read import Progress
 from ckpt.engine.reader import StoredCheckpoint
 from ckpt.engine.run import LIVE, Run, State, Url
+from ckpt.engine.restore import Restored, restore
 from ckpt.engine.view import Checkpoint
+from ckpt.engine.world import World
 from ckpt.errors import CheckpointError, InvalidInputError, NotFoundError, SaveFailedError
 from ckpt.events import Sink, Timeline
 from ckpt.layout.document import to_document
@@ -34,6 +37,9 @@ from ckpt.layout.layout import Layout
 from ckpt.observe import default_sinks
 from ckpt.snapshot import fence
 from ckpt.store.open import open_store
+
+if TYPE_CHECKING:
+    from ckpt.agent.tier import Tier
 
 _log = logging.getLogger("ckpt")
 
@@ -234,8 +240,10 @@ class Checkpointer:
         background: False makes every save block until it is durable.
         incremental: as for `save`.
         sinks: where events go besides the log of the run (ckpt.observe).
+        memory: also keep snapshots in the memory of agents, one per rank, that outlive this process (docs/how-to/memory.md).
 
     Attributes:
+        restored: what `restore` found last, None when there was nothing.
         skipped: saves that were due and left out because the ones before were not over (option `when_busy="skip"`).
     """
 
@@ -252,11 +260,16 @@ class Checkpointer:
         options: Options | None = None,
         storage_options: Mapping[str, Any] | None = None,
         sinks: Sequence[Sink] = (),
+        memory: Memory | None = None,
     ) -> None:
         if every < 1 or (keep_last is not None and keep_last < 1):
             raise InvalidInputError(f"every and keep_last must be at least 1, found {every} and {keep_last}")
         self._every, self._background, self._layout = every, background, layout
-        self._incremental = incremental
+        self._incremental, self._memory = incremental, memory
+        self._tier: Tier | None = None
+        self.restored: Restored | None = None
+        if memory is not None and not background:
+            raise InvalidInputError("snapshots in memory need saves in the background: background=True")
         self._run = Run(
             url,
             group=process_group,
@@ -267,8 +280,17 @@ class Checkpointer:
                 *default_sinks(store, options, rank=rank, world=world),
                 *sinks,
             ],
+            keeper=None if memory is None else functools.partial(self._make_tier, memory, storage_options),
         )
         _end_orderly(self._run.options.terminate_grace_s)
+
+    def _make_tier(
+        self, memory: Memory, storage: Mapping[str, Any] | None, url: str, world: World, options: Options
+    ) -> Tier:
+        from ckpt.agent.tier import Tier  # Flight takes a while to import, and few need it
+
+        self._tier = Tier(url, world, memory, options, storage)
+        return self._tier
 
     @property
     def skipped(self) -> int:
@@ -277,16 +299,16 @@ class Checkpointer:
     def restore(self, state: State, *, strict: bool = True, rename: Rename = None) -> int | None:
         """Load the newest complete checkpoint into `state`; its step, or None when the run has none. All ranks call.
 
-        Also gets ready for the first save, as `prepare` does.
+        With `memory`, from the nearest tier that has the newest step: the memory of agents, else the store. `restored` says
+        which. Also gets ready for the first save, as `prepare` does, and protects the restored state in the agents' memory.
         """
-        run = self._run
-        step: int | None = None
-        try:
-            step = run.load(state, None, self._layout, strict=strict, rename=rename).step
-        except NotFoundError:
-            pass
+        self.restored = restore(self._run, self._tier, state, self._layout, strict=strict, rename=rename)
         self.prepare(state)
-        return step
+        if self.restored is None:
+            return None
+        if self._tier is not None:
+            self._run.keep(state, _request(self.restored.step, None, None, self._layout, False), self._layout)
+        return self.restored.step
 
     def prepare(self, state: State) -> None:
         """Plan, take memory and start threads now, so that the first save costs no more than later ones. All ranks call.
@@ -311,7 +333,10 @@ class Checkpointer:
                 saves before are not over and the policy is to fail.
         """
         if step % self._every:
-            return None
+            if self._memory is None or step % self._memory.every:
+                return None
+            self._attach(state)
+            return self._run.keep(state, _request(step, metrics, metadata, self._layout, False), self._layout)
         request = _request(step, metrics, metadata, self._layout, self._incremental)
         if self._background:
             self._attach(state)
@@ -325,15 +350,18 @@ class Checkpointer:
             fence.attach(*found)
 
     def close(self) -> None:
-        """Wait for the saves on their way and let go of everything. May be called twice."""
-        self._run.close(_ending.get("grace_s"))
+        """Wait for the saves on their way and let go of everything, agents included: the job is over. May be called twice."""
+        self._run.close(_ending.get("grace_s"), over="grace_s" not in _ending)
 
     def __enter__(self) -> Checkpointer:
         return self
 
     def __exit__(self, _type: object, error: BaseException | None, _traceback: object) -> None:
         try:
-            self.close()
+            if error is None:
+                self.close()
+            else:  # the job may come back for what its agents hold
+                self._run.close(_ending.get("grace_s"))
         except CheckpointError as problem:
             if error is None:
                 raise

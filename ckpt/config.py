@@ -84,6 +84,31 @@ class Options:
             raise InvalidInputError(f"option `images_max` must be 1 or 2, found {self.images_max}")
 
 
+@dataclass(frozen=True, kw_only=True)
+class Memory:
+    """Snapshots in the memory of agents (docs/how-to/memory.md).
+
+    Args:
+        every: a snapshot when the step is a multiple of this.
+        parity: members of a group that may be lost at once.
+        group_size: members of a group, about: groups differ by one where the world does not divide.
+        address: of this node's interface that agents listen on; the one that leads to MASTER_ADDR when None.
+    """
+
+    every: int
+    parity: int = 1
+    group_size: int = 8
+    address: str | None = None
+
+    def __post_init__(self) -> None:
+        if self.every < 1:
+            raise InvalidInputError(f"`every` must be at least 1, found {self.every}")
+        if not 1 <= self.parity < self.group_size:
+            raise InvalidInputError(
+                f"`parity` must be at least 1 and less than `group_size`, found {self.parity} and {self.group_size}"
+            )
+
+
 def from_environment(base: Options | None = None, **changes: object) -> Options:
     """Options from `base`, overridden by `CKPT_...` variables, overridden by `changes` that are not None."""
     base = base or Options()

@@ -131,7 +131,8 @@ def _read_local(job: ReadJob, batch: range, *, stop_at_first: bool) -> tuple[lis
         if not len(some):
             return [], list(batch)
         files = [pair for pair in opened if pair is not None]
-        chunks, blocks = _chunks_of(job, some, row[np.searchsorted(writers, plan.writer[some])])
+        begin = np.array([_local_start(job, int(writer)) for writer in writers])[at[usable[at]]]
+        chunks, blocks = _chunks_of(job, some, row[np.searchsorted(writers, plan.writer[some])], begin)
         done = read_chunks(
             [pair[0] for pair in files],
             [pair[1] for pair in files],
@@ -170,8 +171,18 @@ def _open(job: ReadJob, writer: int, stack: contextlib.ExitStack) -> tuple[int, 
     return fd, direct
 
 
-def _chunks_of(job: ReadJob, some: Int64Array, file: Int64Array) -> tuple[Chunks, Int64Array]:
-    """The plan's chunks `some` as the kernel takes them, and the rows of their blocks in the plan."""
+def _local_start(job: ReadJob, writer: int) -> int:
+    """Byte of the local file at which an image begins; of most stores the first."""
+    found = getattr(job.store, "local_start", None)
+    return 0 if found is None else int(found(job.keys[writer]))
+
+
+def _chunks_of(job: ReadJob, some: Int64Array, file: Int64Array, begin: Int64Array) -> tuple[Chunks, Int64Array]:
+    """The plan's chunks `some` as the kernel takes them, and the rows of their blocks in the plan.
+
+    Args:
+        begin: [chunks] byte of its file at which the image of each begins.
+    """
     plan = job.plan
     copies = plan.copies
     num_blocks, num_copies = np.diff(plan.block_starts)[some], np.diff(plan.copy_starts)[some]
@@ -179,14 +190,14 @@ def _chunks_of(job: ReadJob, some: Int64Array, file: Int64Array) -> tuple[Chunks
     rows = np.repeat(plan.copy_starts[some], num_copies) + arange_per(num_copies)
     chunks = Chunks(
         file=file.astype(np.int32),
-        start=plan.start[some],
-        stop=plan.stop[some],
+        start=plan.start[some] + begin,
+        stop=plan.stop[some] + begin,
         block_starts=np.append(0, np.cumsum(num_blocks)),
-        block_start=plan.block_start[blocks],
-        block_stop=plan.block_stop[blocks],
+        block_start=plan.block_start[blocks] + np.repeat(begin, num_blocks),
+        block_stop=plan.block_stop[blocks] + np.repeat(begin, num_blocks),
         block_crc=plan.block_crc[blocks],
         copy_starts=np.append(0, np.cumsum(num_copies)),
-        source=copies.source[rows].astype(np.uint64),
+        source=(copies.source[rows] + np.repeat(begin, num_copies)).astype(np.uint64),
         target=copies.target[rows],
         target_limit=job.pieces.limit[copies.piece[rows]],
         lengths=copies.lengths[rows],

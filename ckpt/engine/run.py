@@ -26,6 +26,7 @@ from ckpt.commit.complete import Request
 from ckpt.commit.gc import collect_garbage
 from ckpt.config import Options
 from ckpt.engine.attempt import Attempt, Saved
+from ckpt.engine.keeper import Keeper
 from ckpt.engine.load import Loaded, Rename, load_state
 from ckpt.engine.pending import PendingSave, failed_error, first_line
 from ckpt.engine.read import Progress
@@ -51,6 +52,12 @@ State = Mapping[str, Any]
 Url = str | os.PathLike[str]
 
 
+class MakeKeeper(Protocol):
+    """Finds or starts what keeps images of this rank. All ranks call together."""
+
+    def __call__(self, url: str, world: World, options: Options) -> Keeper: ...
+
+
 class MakeSinks(Protocol):
     """Makes the sinks of a run's events."""
 
@@ -74,6 +81,7 @@ class Run:
         storage_options: Mapping[str, Any] | None = None,
         keep_last: int | None = None,
         sinks: MakeSinks | None = None,
+        keeper: MakeKeeper | None = None,
     ) -> None:
         self.options = config.from_environment(options)
         self._keep_last = keep_last
@@ -81,9 +89,12 @@ class Run:
         self.world: World = current_world(group, self.options.exchange_timeout_s)
         rank, world = self.world.rank, self.world.size
         self.events = Events(sinks(self.store, self.options, rank=rank, world=world) if sinks else ())
-        self._session = SaveSession(self.store, self.world, self.options)
+        self.keeper = None if keeper is None else keeper(os.fspath(url), self.world, self.options)
+        self._session = SaveSession(self.store, self.world, self.options, self.keeper)
         self._collector = Collector()
         self._background = Worker("ckpt-save", self.options.flush_nice)
+        self._keeping = Worker("ckpt-keep", self.options.flush_nice)
+        self._in_memory: deque[PendingSave] = deque()  # saves to the memory of agents alone
         self._telling = Worker("ckpt-events", self.options.flush_nice)
         self._on_their_way: deque[tuple[PendingSave, Attempt | None]] = deque()
         self._failed: list[tuple[PendingSave, BaseException]] = []  # that nobody was told of yet
@@ -112,10 +123,12 @@ class Run:
         return saved
 
     @collector_paused()
-    def _begin(self, state: State, request: Request, layout: Layout | None, timeline: Timeline) -> Attempt:
+    def _begin(
+        self, state: State, request: Request, layout: Layout | None, timeline: Timeline, *, to_store: bool = True
+    ) -> Attempt:
         """Collect and stage. Without the cyclic collector, which would look at what is gone again on return."""
         local, error = self._collect(state, layout, timeline, stage_devices=False)
-        return self._session.stage(local, request, error, timeline, fence.guarded(local))
+        return self._session.stage(local, request, error, timeline, fence.guarded(local), to_store=to_store)
 
     def async_save(self, state: State, request: Request, layout: Layout | None) -> PendingSave:
         """Begin to copy the state, return, go on in the background. All ranks call."""
@@ -139,6 +152,64 @@ class Run:
         if failed is not None:
             raise failed
         return pending
+
+    def keep(self, state: State, request: Request, layout: Layout | None) -> PendingSave:
+        """Snapshot into the memory of the agents alone. All ranks call.
+
+        Skipped, on this rank or another, while the one before is not protected; then, and when protecting fails, the snapshot
+        before stands, and events and log say so. Raises what is wrong with the state itself.
+        """
+        timeline = Timeline()
+        while self._in_memory and self._in_memory[0].done():
+            self._in_memory.popleft()
+        try:
+            attempt = self._begin(state, request, layout, timeline, to_store=False)
+        except SaveFailedError as error:
+            if error.kind != "skipped":
+                raise
+            return self._skip(request.step, timeline)
+        pending = PendingSave(
+            request.step, self._keeping.submit(lambda: self._finish_kept(attempt)), timeline, attempt.staging
+        )
+        self._in_memory.append(pending)
+        timeline.add("call", timeline.start, time.perf_counter())
+        return pending
+
+    def _finish_kept(self, attempt: Attempt) -> Saved:
+        try:
+            with self._told(attempt.timeline, attempt.request.step, attempt.id):
+                return self._session.finish(attempt)
+        except Exception as error:
+            _log.warning("the snapshot of step %d is not protected: %s", attempt.request.step, first_line(error))
+            raise
+
+    def load_from(
+        self, stored: StoredCheckpoint, state: State, layout: Layout | None, *, strict: bool, rename: Rename
+    ) -> Loaded:
+        """Fill `state` from a checkpoint that all ranks have opened. All ranks call."""
+        fence.fence()
+        timeline = Timeline()
+        loaded = load_state(
+            stored, state, self.world, layout=layout, strict=strict, rename=rename, include=None, timeline=timeline
+        )
+        timeline.add("total", timeline.start, time.perf_counter(), nbytes=loaded.wanted_nbytes)
+        self._tell_later(timeline, loaded.step, stored.manifest.attempt, "ok", operation="load")
+        return loaded
+
+    def newest_step(self) -> int:
+        """The newest complete step in the store as rank 0 finds it, -1 when there is none. All ranks call."""
+        error: CheckpointError | None = None
+        found = -1
+        if self.world.rank == 0:
+            try:
+                found = max(find.steps(self.store), default=-1)
+            except NotFoundError:
+                pass
+            except CheckpointError as problem:
+                error = problem
+        raise_together(self.world, error, "before anything changed")
+        answers = self.world.all_gather(np.array([found], np.int64).view(np.uint8))
+        return int(answers[0].copy().view(np.int64)[0])
 
     def _finish(self, attempt: Attempt) -> Saved:
         with self._told(attempt.timeline, attempt.request.step, attempt.id):
@@ -340,8 +411,12 @@ class Run:
                     attempt, SaveFailedError(f"step {pending.step} was given up: {reason}", kind="abandoned")
                 )
 
-    def close(self, grace_s: float | None = None) -> None:
-        """Finish the saves on their way, within `grace_s` where given, and let go of threads and store. May be called twice."""
+    def close(self, grace_s: float | None = None, *, over: bool = False) -> None:
+        """Finish the saves on their way, within `grace_s` where given, and let go of threads and store. May be called twice.
+
+        Args:
+            over: the job is, too: agents give their memory back.
+        """
         if grace_s is not None and not self._wait_within(grace_s):
             self.abandon(f"the process ends, and it was not durable after {grace_s:.1f} s")
             if not self._wait_within(_ABANDON_S):
@@ -353,7 +428,10 @@ class Run:
             self.check()
         finally:
             self._background.close()
+            self._keeping.close()
             self._session.close()
+            if self.keeper is not None:
+                self.keeper.close(over=over)
             if self._telling.close(_EVENTS_S):
                 self.events.close()
             else:
@@ -364,9 +442,10 @@ class Run:
 
     def _wait_within(self, grace_s: float) -> bool:
         deadline = time.monotonic() + grace_s
-        for pending, _ in self._on_their_way:
-            pending.outcome(max(0.0, deadline - time.monotonic()))
-        return all(pending.done() for pending, _ in self._on_their_way)
+        pending = [*(pending for pending, _ in self._on_their_way), *self._in_memory]
+        for one in pending:
+            one.outcome(max(0.0, deadline - time.monotonic()))
+        return all(one.done() for one in pending)
 
     def _collect(
         self, state: State, layout: Layout | None, timeline: Timeline, *, stage_devices: bool

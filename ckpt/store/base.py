@@ -72,6 +72,8 @@ class Store(Protocol):
             direct: around the page cache (O_DIRECT); None where the file system refuses that.
         """
 
+    # A store whose local files have something before the object also has `local_start(key)`, the byte at which it begins.
+
     def read(self, key: str, start: int = 0, stop: int | None = None) -> bytes:
         """Bytes `start <= i < stop` (to the end when None). A shorter object is `DamagedError(kind="truncated")`."""
 
