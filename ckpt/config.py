@@ -62,6 +62,8 @@ class Options:
     gc_grace_s: float = 3600.0  # unpublished attempts younger than this are kept by gc
     direct_io: bool = True  # read and write images around the page cache where the file system can
     events: bool = True  # log the phases of every save and load beside the run
+    # erasure coding
+    code_tile_bytes: int = 512 * KIB  # of all blocks together that are coded and summed in one go, in the second-level cache
 
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):
