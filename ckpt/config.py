@@ -63,7 +63,9 @@ class Options:
     direct_io: bool = True  # read and write images around the page cache where the file system can
     events: bool = True  # log the phases of every save and load beside the run
     # erasure coding
-    code_tile_bytes: int = 512 * KIB  # of all blocks together that are coded and summed in one go, in the second-level cache
+    code_tile_bytes: int = (
+        512 * KIB
+    )  # of all blocks together that are coded and summed in one go, in the second-level cache
 
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):
@@ -135,3 +137,6 @@ EVENT_LOG_READ_BYTES_MAX = 256 * MIB  # parsed at once, newest files first
 # Limits of the report of a run.
 REPORT_RANKS_MAX = 512  # in one timeline; of more ranks, the slowest
 REPORT_ROWS_MAX = 500  # in one table, the newest
+
+# Limits of the agents.
+TOPOLOGY_BYTES_MAX = 16 * MIB  # of a topology file: 100,000 hosts with long names

@@ -96,7 +96,10 @@ def _print(printer: Printer, facts: dict[str, Any], checks: list[Check]) -> None
         ("memory", f"{texts.size(facts['memory_free_bytes'])} free of {texts.size(facts['memory_bytes'])}"),
         ("copy kernel", kernel["copy"]),
         ("crc32c kernel", f"{kernel['crc32c']} (here: {', '.join(kernel['crc32c_available']) or 'none'})"),
-        ("erasure coder", f"{kernel['coder']} ({kernel['isal_library'] or 'ISA-L is not here: libisal.so.2 makes coding faster'})"),
+        (
+            "erasure coder",
+            f"{kernel['coder']} ({kernel['isal_library'] or 'ISA-L is not here: libisal.so.2 makes coding faster'})",
+        ),
         ("built by", f"{kernel['compiler'] or 'unknown'}, {kernel['build_type'] or 'unknown'}"),
         ("distributed", ", ".join(name for name, there in facts["distributed"].items() if there) or "none"),
         ("cuda devices", ", ".join(facts["cuda_devices"]) or "none"),

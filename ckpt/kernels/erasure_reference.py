@@ -106,9 +106,7 @@ def _is_singular(square: list[list[int]]) -> bool:
         square.remove(pivot)
         factor = _INVERSES[pivot[0]]
         rest = [_PRODUCT_ROWS[factor][x] for x in pivot[1:]]
-        square = [
-            [x ^ _PRODUCT_ROWS[row[0]][y] for x, y in zip(row[1:], rest, strict=True)] for row in square
-        ]
+        square = [[x ^ _PRODUCT_ROWS[row[0]][y] for x, y in zip(row[1:], rest, strict=True)] for row in square]
     return False
 
 

@@ -175,7 +175,9 @@ def test_sources_folded_in_one_at_a_time_in_any_order_give_the_same_parity(k: in
         for start in range(0, nbytes, 30_000):  # and each in chunks
             part = data[i][start : start + 30_000]
             if part.size:
-                code_blocks([part], [target[start : start + 30_000] for target in targets], rows[:, i : i + 1], add=True)
+                code_blocks(
+                    [part], [target[start : start + 30_000] for target in targets], rows[:, i : i + 1], add=True
+                )
     assert [target.tobytes() for target in targets] == combined(data, rows, nbytes)
 
 
@@ -233,7 +235,17 @@ def test_a_code_comes_back_from_its_record_and_only_from_its_own(coder: str) -> 
     matrix = bytes([1, 0, 0, 0, 0, 1, 0, 0, 0, 0, 1, 0, 0, 0, 0, 1, 71, 167, 122, 186, 167, 71, 186, 122])
     record = code_for(4, 2).record()
     assert record == {"code": "cauchy_rs", "k": 4, "m": 2, "matrix_sha256": hashlib.sha256(matrix).hexdigest()}
-    wrong = [{"code": "vandermonde"}, {"k": 5}, {"k": 0}, {"k": 65}, {"k": 4.0}, {"m": True}, {"m": 33}, {"code": "xor"}, {"code": 2}]
+    wrong = [
+        {"code": "vandermonde"},
+        {"k": 5},
+        {"k": 0},
+        {"k": 65},
+        {"k": 4.0},
+        {"m": True},
+        {"m": 33},
+        {"code": "xor"},
+        {"code": 2},
+    ]
     wrong += [{"matrix_sha256": "00" * 32}, {"matrix_sha256": None}]
     for change in wrong:
         with pytest.raises(DamagedError, match="erasure code") as caught:
