@@ -170,6 +170,9 @@ def _of_domains(dealt: list[list[Member]], hosts: Counter[str], parity: int) -> 
     for number, group in enumerate(dealt):
         for domain, count in sorted(Counter(member.domain for member in group).items()):
             if count > parity:
-                message = f"group {number} has {count} of its {len(group)} ranks in failure domain {domain}, of which only {parity} may be lost"
+                message = (
+                    f"group {number} has {count} of its {len(group)} ranks in failure domain {domain}, of which only"
+                    f" {parity} may be lost"
+                )
                 found.append(Concern(kind="domain-too-large", message=message, group=number))
     return found

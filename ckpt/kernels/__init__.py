@@ -2,7 +2,8 @@
 
 In: NumPy columns, addresses, buffers, descriptors. Out: copied, read or written bytes, checksums. The environment variable
 `CKPT_KERNEL` demands one kernel by name (`reference`, `table`, `sse42`, `arm`) and `CKPT_CODER` one coder (`reference`,
-`portable`, `isal`); both fail loudly where it is not there; see ckpt.kernels.choice. Never falls back silently, never imports torch.
+`portable`, `isal`); both fail loudly where it is not there; see ckpt.kernels.choice. Never falls back
+silently, never imports torch.
 """
 
 from ckpt.kernels.checksum import crc32c, crc32c_combine, crc32c_ranges

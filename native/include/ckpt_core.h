@@ -211,7 +211,7 @@ typedef struct ckpt_coding {
  * processor's cache, its share of source_crcs[s] = CRC-32C of the bytes there are of the source and of target_crcs[r] = that of
  * the target afterwards. Either may be null. Targets must be disjoint from the sources and from each other: on a refusal
  * `bad_source` or `bad_target` is the one at fault, else -1, and nothing is touched. What is summed and what is coded are two
- * reads: while a source changes, they may differ. */
+ * reads: while a source changes, they may differ. With CKPT_KERNEL_AUTO the coder ISA-L sums by its own CRC-32C. */
 ckpt_status ckpt_code_blocks(ckpt_coder coder, ckpt_kernel kernel, const ckpt_coding *coding, uint32_t *source_crcs,
                              uint32_t *target_crcs, int32_t *bad_source, int32_t *bad_target);
 

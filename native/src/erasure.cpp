@@ -155,8 +155,9 @@ ckpt_status ckpt_code_blocks(ckpt_coder coder, ckpt_kernel kernel, const ckpt_co
   *bad_source = *bad_target = -1;
   if (!sizes_fit(*coding) || has_null(*coding)) return CKPT_BAD_ARGUMENT;
   const Coder* chosen = coder_of(coder);
-  const crc32c::Update update = crc32c::kernel_of(kernel);
+  crc32c::Update update = crc32c::kernel_of(kernel);
   if (!chosen || !update) return CKPT_NO_KERNEL;
+  if (kernel == CKPT_KERNEL_AUTO && chosen->sum) update = chosen->sum;
   const ckpt_status status = check(*coding, bad_source, bad_target);
   if (status == CKPT_OK) Run(*chosen, update, *coding, source_crcs, target_crcs).all();
   return status;

@@ -5,6 +5,7 @@
 #include <cstdint>
 
 #include "ckpt_core.h"
+#include "crc32c_kernels.h"
 
 namespace ckpt::erasure {
 
@@ -24,6 +25,7 @@ struct Rows {
 struct Coder {
   void (*prepare)(Rows* rows);  // once `coefficients` are set
   void (*encode)(const Rows& rows, uint8_t* const* sources, uint8_t* const* targets, int64_t nbytes);  // > 0, an int
+  crc32c::Update sum;  // faster than our own kernels for up to an int of bytes, or null
 };
 
 const Coder* portable_coder();

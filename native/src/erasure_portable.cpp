@@ -54,7 +54,7 @@ void encode(const Rows& rows, uint8_t* const* sources, uint8_t* const* targets, 
 }  // namespace
 
 const Coder* portable_coder() {
-  static constexpr Coder coder{prepare, encode};
+  static constexpr Coder coder{prepare, encode, nullptr};
   return &coder;
 }
 

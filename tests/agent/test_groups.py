@@ -1,7 +1,7 @@
 """Every rank is in one group, ranks of one host are in different ones, and domains are spread as evenly as can be.
 
-Method: hypothesis draws of hosts, domains and numbers against those three sentences; cases whose groups are written down; topology
-files that say nothing usable.
+Method: hypothesis draws of hosts, domains and numbers against those three sentences; cases whose groups are written down;
+topology files that say nothing usable.
 """
 
 from __future__ import annotations

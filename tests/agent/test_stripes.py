@@ -71,7 +71,7 @@ def test_layout_of_four_members_with_two_parities() -> None:
         [(1, False, 4096, 5000), (2, False, 0, 0), (3, True, 0, 904), (0, True, 4096, 5000)],
     ]
     assert str(rebuild_plan(stripes, 1, lost=[1, 2])).splitlines() == [
-        "member 1 makes 13192 bytes from 25480",
+        "member 1 makes 13192 bytes from 26192",
         "  stripe 0: parity of member 1 [4096, 8192) from image of member 3 [0, 4096), parity of member 0 [0, 4096)",
         "  stripe 1: parity of member 1 [0, 4096) from image of member 0 [0, 4096), image of member 3 [4096, 8000)",
         "  stripe 2: image of member 1 [0, 4096) from image of member 0 [4096, 8192), parity of member 3 [4096, 8192)",
