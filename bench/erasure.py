@@ -40,7 +40,7 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
 def run(args: argparse.Namespace) -> dict[str, Any]:
     if "isal" not in choice.coders_available():
         raise SystemExit("ISA-L is not here, so there is nothing to compare with: install libisal.so.2")
-    sizes = {"cache": 1 << 20, "memory": 256 << 20}  # bytes of all data blocks together
+    sizes = {"cache": 4 << 20, "memory": 256 << 20}  # bytes of all data blocks together
     repeats, run_bytes = max(args.repeats, 5), _RUN_BYTES
     if args.tiny:
         sizes, run_bytes = {"cache": 1 << 16, "memory": 1 << 20}, 1 << 20

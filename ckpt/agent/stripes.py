@@ -37,8 +37,8 @@ class Block:
 
     def part(self, start: int, stop: int) -> Block:
         """Bytes [start, stop) counted from the block's beginning, as far as they are there."""
-        ends = (min(self.start + at, self.stop) for at in (start, stop))
-        return dataclasses.replace(self, **dict(zip(("start", "stop"), ends, strict=True)))
+        first, last = (min(self.start + at, self.stop) for at in (start, stop))
+        return dataclasses.replace(self, start=first, stop=last)
 
     def __str__(self) -> str:
         what = "parity" if self.parity else "image"

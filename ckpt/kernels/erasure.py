@@ -69,11 +69,11 @@ class Code:
                 f"{self.k} different pieces of {self.n} are needed, found {list(have)}", kind="too-few-pieces"
             )
         matrix, out = _matrix(self.code, self.k, self.m), np.zeros((len(wanted), self.k), np.uint8)
-        columns = [np.array(numbers, np.int32) for numbers in pieces.values()]
+        there, asked = np.array(have, np.int32), np.array(wanted, np.int32)
         if choice.coder_demanded() == choice.REFERENCE:
-            status = erasure_reference.rows(matrix, self.k, *columns, out)
+            status = erasure_reference.rows(matrix, there, asked, out)
         else:
-            status = choice.native().code_rows(matrix.reshape(-1), self.k, self.m, *columns, out.reshape(-1))
+            status = choice.native().code_rows(matrix.reshape(-1), self.k, self.m, there, asked, out.reshape(-1))
         if status == Status.SINGULAR:
             raise InvalidInputError(f"pieces {list(have)} do not determine the others", kind="singular")
         assert status == Status.OK, Status(status)
@@ -246,10 +246,14 @@ def _columns(
 ) -> dict[str, Any]:
     of_each = tile_bytes // len(sources) // _TILE_ALIGN * _TILE_ALIGN
     return {
-        "source": np.array([view.ctypes.data for view in sources], np.uint64),
+        "source": np.array([_address(view) for view in sources], np.uint64),
         "source_bytes": np.array([view.size for view in sources], np.int64),
-        "target": np.array([view.ctypes.data for view in targets], np.uint64),
+        "target": np.array([_address(view) for view in targets], np.uint64),
         "coefficients": rows.reshape(-1),
         "block_bytes": block_bytes,
         "tile_bytes": min(max(of_each, _TILE_ALIGN), 1 << 30),
     }
+
+
+def _address(view: NDArray[np.uint8]) -> int:
+    return int(view.__array_interface__["data"][0])  # several times faster than `.ctypes.data`

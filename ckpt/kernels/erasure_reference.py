@@ -32,7 +32,7 @@ def _product_table() -> NDArray[np.uint8]:
     powers = np.array(list(_powers()), np.uint8)
     logarithm = np.zeros(256, np.int64)
     logarithm[powers] = np.arange(255)
-    products = powers[(logarithm[:, None] + logarithm[None, :]) % 255]
+    products: NDArray[np.uint8] = powers[(logarithm[:, None] + logarithm[None, :]) % 255]
     products[0, :] = products[:, 0] = 0
     return products
 
@@ -71,7 +71,7 @@ def inverse(square: NDArray[np.uint8]) -> NDArray[np.uint8] | None:
 
 
 def rows(
-    generator: NDArray[np.uint8], k: int, have: NDArray[np.int32], wanted: NDArray[np.int32], out: NDArray[np.uint8]
+    generator: NDArray[np.uint8], have: NDArray[np.int32], wanted: NDArray[np.int32], out: NDArray[np.uint8]
 ) -> int:
     """Status; `out` [wanted, k] gives the wanted pieces from those there."""
     back = inverse(generator[have])
