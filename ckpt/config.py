@@ -62,6 +62,10 @@ class Options:
     gc_grace_s: float = 3600.0  # unpublished attempts younger than this are kept by gc
     direct_io: bool = True  # read and write images around the page cache where the file system can
     events: bool = True  # log the phases of every save and load beside the run
+    # erasure coding
+    code_tile_bytes: int = (
+        512 * KIB
+    )  # of all blocks together that are coded and summed in one go, in the second-level cache
 
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):
@@ -166,3 +170,5 @@ SIMULATE_RUNS_MAX = 100_000
 SIMULATE_GROUP_MAX = 255  # nodes of one group: points of GF(2^8)
 SIMULATE_SIZES_MAX = 64  # clusters in one table
 SIMULATE_FILE_BYTES_MAX = 64 * KIB  # a cluster file
+# Limits of the agents.
+TOPOLOGY_BYTES_MAX = 16 * MIB  # of a topology file: 100,000 hosts with long names

@@ -147,6 +147,69 @@ std::tuple<int, int64_t, int64_t, int64_t, bool> read_chunks(
   return {status, bad_row, results.direct_bytes, results.cached_bytes, results.direct_refused != 0};
 }
 
+// (status, matrix of the code in `out`)
+int code_matrix(int code, int32_t k, int32_t m, const Target& out) {
+  require(k > 0 && m > 0 && out.shape(0) == (static_cast<size_t>(k) + static_cast<size_t>(m)) * static_cast<size_t>(k),
+          "a matrix has (k + m) x k coefficients");
+  return ckpt_code_matrix(static_cast<ckpt_code>(code), k, m, out.data());
+}
+
+int code_rows(const Bytes& matrix, int32_t k, int32_t m, const Column<int32_t>& have, const Column<int32_t>& wanted,
+              const Target& out) {
+  require(k > 0 && m > 0 && matrix.shape(0) == (static_cast<size_t>(k) + static_cast<size_t>(m)) * static_cast<size_t>(k),
+          "a matrix has (k + m) x k coefficients");
+  require(have.shape(0) == static_cast<size_t>(k) && out.shape(0) == wanted.shape(0) * static_cast<size_t>(k),
+          "columns of pieces differ in length");
+  return ckpt_code_rows(matrix.data(), k, m, have.data(), wanted.data(), static_cast<int32_t>(wanted.shape(0)), out.data());
+}
+
+Outcome code_count_singular(const Bytes& matrix, int32_t k, int32_t m) {
+  require(k > 0 && m > 0 && matrix.shape(0) == (static_cast<size_t>(k) + static_cast<size_t>(m)) * static_cast<size_t>(k),
+          "a matrix has (k + m) x k coefficients");
+  int64_t count = -1;
+  nb::gil_scoped_release released;
+  const ckpt_status status = ckpt_code_count_singular(matrix.data(), k, m, &count);
+  return {status, count};
+}
+
+ckpt_coding coding_of(const Column<uint64_t>& source, const Column<int64_t>& source_bytes, const Column<uint64_t>& target,
+                      const Bytes& coefficients, int64_t block_bytes, int64_t tile_bytes, bool add) {
+  const size_t sources = source.shape(0), targets = target.shape(0);
+  require(sources <= CKPT_CODE_SOURCES_MAX && targets <= CKPT_CODE_TARGETS_MAX, "too many blocks");
+  require(source_bytes.shape(0) == sources && coefficients.shape(0) == sources * targets, "columns of blocks differ in length");
+  return {source.data(), source_bytes.data(), target.data(), coefficients.data(), static_cast<int32_t>(sources),
+          static_cast<int32_t>(targets), block_bytes, tile_bytes, add ? 1 : 0};
+}
+
+// (status, source at fault, target at fault); no sums where a column of sums is empty
+std::tuple<int, int, int> code_blocks(int coder, int kernel, const Column<uint64_t>& source,
+                                      const Column<int64_t>& source_bytes, const Column<uint64_t>& target,
+                                      const Bytes& coefficients, int64_t block_bytes, int64_t tile_bytes, bool add,
+                                      const Sums& source_crcs, const Sums& target_crcs) {
+  const ckpt_coding coding = coding_of(source, source_bytes, target, coefficients, block_bytes, tile_bytes, add);
+  const size_t source_sums = source_crcs.shape(0), target_sums = target_crcs.shape(0);
+  require((source_sums == 0 || source_sums == source.shape(0)) && (target_sums == 0 || target_sums == target.shape(0)),
+          "columns of sums differ in length");
+  int32_t bad_source = -1, bad_target = -1;
+  nb::gil_scoped_release released;
+  const ckpt_status status =
+      ckpt_code_blocks(static_cast<ckpt_coder>(coder), static_cast<ckpt_kernel>(kernel), &coding,
+                       source_sums ? source_crcs.data() : nullptr, target_sums ? target_crcs.data() : nullptr, &bad_source,
+                       &bad_target);
+  return {status, bad_source, bad_target};
+}
+
+int code_isal_raw(const Column<uint64_t>& source, const Column<int64_t>& source_bytes, const Column<uint64_t>& target,
+                  const Bytes& coefficients, int64_t block_bytes, int64_t tile_bytes) {
+  const ckpt_coding coding = coding_of(source, source_bytes, target, coefficients, block_bytes, tile_bytes, false);
+  nb::gil_scoped_release released;
+  return ckpt_code_isal_raw(&coding);
+}
+
+bool coder_available(int coder) { return ckpt_coder_available(static_cast<ckpt_coder>(coder)) != 0; }
+
+int coder_auto() { return ckpt_coder_auto(); }
+
 bool kernel_available(int kernel) { return ckpt_kernel_available(static_cast<ckpt_kernel>(kernel)) != 0; }
 
 int kernel_auto() { return ckpt_kernel_auto(); }
@@ -159,6 +222,8 @@ NB_MODULE(_native, module) {
   module.attr("DIMS_MAX") = CKPT_DIMS_MAX;
   module.attr("THREADS_MAX") = CKPT_THREADS_MAX;
   module.attr("READ_ALIGN") = CKPT_READ_ALIGN;
+  module.attr("CODE_SOURCES_MAX") = CKPT_CODE_SOURCES_MAX;
+  module.attr("CODE_TARGETS_MAX") = CKPT_CODE_TARGETS_MAX;
   module.def("copy_boxes", &copy_boxes, "source"_a.noconvert(), "source_limit"_a.noconvert(), "target"_a.noconvert(),
              "target_limit"_a.noconvert(), "lengths"_a.noconvert(), "source_strides"_a.noconvert(),
              "target_strides"_a.noconvert(), "itemsize"_a.noconvert(), "threads"_a);
@@ -178,6 +243,18 @@ NB_MODULE(_native, module) {
              "source_strides"_a.noconvert(), "target_strides"_a.noconvert(), "itemsize"_a.noconvert(), "buffer"_a,
              "buffer_bytes"_a, "kernel"_a, "mode"_a, "threads"_a, "stop_at_first"_a, "outcome"_a.noconvert(),
              "found_crc"_a.noconvert());
+  module.def("code_matrix", &code_matrix, "code"_a, "k"_a, "m"_a, "out"_a.noconvert());
+  module.def("code_rows", &code_rows, "matrix"_a.noconvert(), "k"_a, "m"_a, "have"_a.noconvert(), "wanted"_a.noconvert(),
+             "out"_a.noconvert());
+  module.def("code_count_singular", &code_count_singular, "matrix"_a.noconvert(), "k"_a, "m"_a);
+  module.def("code_blocks", &code_blocks, "coder"_a, "kernel"_a, "source"_a.noconvert(), "source_bytes"_a.noconvert(),
+             "target"_a.noconvert(), "coefficients"_a.noconvert(), "block_bytes"_a, "tile_bytes"_a, "add"_a,
+             "source_crcs"_a.noconvert(), "target_crcs"_a.noconvert());
+  module.def("code_isal_raw", &code_isal_raw, "source"_a.noconvert(), "source_bytes"_a.noconvert(), "target"_a.noconvert(),
+             "coefficients"_a.noconvert(), "block_bytes"_a, "tile_bytes"_a);
+  module.def("coder_available", &coder_available, "coder"_a);
+  module.def("coder_auto", &coder_auto);
+  module.def("coder_isal_library", [] { return std::string(ckpt_coder_isal_library()); });
   module.def("kernel_available", &kernel_available, "kernel"_a);
   module.def("kernel_auto", &kernel_auto);
   module.def("build_info", [] {

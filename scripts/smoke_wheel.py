@@ -34,6 +34,10 @@ def main() -> int:
     with tempfile.NamedTemporaryFile() as file:
         kernels.write_at(file.fileno(), target, 0, in_flight=2)
         assert file.read() == target.tobytes()
+    parity = np.zeros(100_003, np.uint8)
+    kernels.code_blocks([target[:100_003], target[100_003:200_000]], [parity], kernels.code_for(2, 1).parity_rows())
+    assert (parity[:99_997] == target[:99_997] ^ target[100_003:200_000]).all(), info
+    assert (parity[99_997:] == target[99_997:100_003]).all(), info
     print(f"native core works: {info}", file=sys.stderr)  # noqa: T201 - a script
     return 0
 

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from ckpt.errors import AlreadyExistsError, CheckpointError
-from ckpt.kernels import copy_boxes, crc32c
+from ckpt.kernels import code_blocks, code_for, copy_boxes, crc32c
 from ckpt.store.base import Store
 from ckpt.store.posix import PosixStore
 
@@ -54,6 +54,19 @@ def check_copy() -> Check:
     )
     same = bool(np.array_equal(target, start))
     return Check(name="box copy", ok=same, detail="equal to NumPy" if same else "differs from NumPy")
+
+
+def check_coder() -> Check:
+    """Two lost blocks of six come back from the others."""
+    code = code_for(4, 2)
+    blocks = [np.random.default_rng(i).integers(0, 256, 10_007, np.uint8) for i in range(4)]
+    parity = [np.zeros(10_007, np.uint8) for _ in range(2)]
+    code_blocks(blocks, parity, code.parity_rows())
+    back = [np.zeros(10_007, np.uint8) for _ in range(2)]
+    code_blocks([*blocks[2:], *parity], back, code.rows(have=[2, 3, 4, 5], wanted=[0, 1]))
+    same = all(np.array_equal(a, b) for a, b in zip(back, blocks, strict=False))
+    detail = "2 lost blocks of 6 came back" if same else "lost blocks came back with other bytes"
+    return Check(name="erasure coding", ok=same, detail=detail)
 
 
 def check_store(store: Store) -> list[Check]:

@@ -14,7 +14,7 @@ import psutil
 from ckpt import kernels
 from ckpt.cli import texts
 from ckpt.cli.address import Address
-from ckpt.cli.checks import Check, check_copy, check_crc, check_store
+from ckpt.cli.checks import Check, check_coder, check_copy, check_crc, check_store
 from ckpt.cli.command import ADDRESS, command, opened_run
 from ckpt.cli.exit_codes import DONE, PARTLY
 from ckpt.cli.printer import Column, Printer
@@ -31,7 +31,7 @@ def doctor(printer: Printer, run: Address | None) -> int:
     Writes a few small objects below URL/.ckpt-doctor/ and removes them.
     """
     facts = _facts()
-    checks = [check_crc(), check_copy()]
+    checks = [check_crc(), check_copy(), check_coder()]
     if run is not None:
         with opened_run(printer, run) as store:
             checks += check_store(store)
@@ -96,6 +96,10 @@ def _print(printer: Printer, facts: dict[str, Any], checks: list[Check]) -> None
         ("memory", f"{texts.size(facts['memory_free_bytes'])} free of {texts.size(facts['memory_bytes'])}"),
         ("copy kernel", kernel["copy"]),
         ("crc32c kernel", f"{kernel['crc32c']} (here: {', '.join(kernel['crc32c_available']) or 'none'})"),
+        (
+            "erasure coder",
+            f"{kernel['coder']} ({kernel['isal_library'] or 'ISA-L is not here: libisal.so.2 makes coding faster'})",
+        ),
         ("built by", f"{kernel['compiler'] or 'unknown'}, {kernel['build_type'] or 'unknown'}"),
         ("distributed", ", ".join(name for name, there in facts["distributed"].items() if there) or "none"),
         ("cuda devices", ", ".join(facts["cuda_devices"]) or "none"),

@@ -7,6 +7,8 @@ CORE_VERSION: int
 DIMS_MAX: int
 THREADS_MAX: int
 READ_ALIGN: int
+CODE_SOURCES_MAX: int
+CODE_TARGETS_MAX: int
 
 def copy_boxes(
     source: NDArray[np.uint64],
@@ -74,6 +76,40 @@ def read_chunks(
     outcome: NDArray[np.int32],
     found_crc: NDArray[np.uint32],
 ) -> tuple[int, int, int, int, bool]: ...
+def code_matrix(code: int, k: int, m: int, out: NDArray[np.uint8]) -> int: ...
+def code_rows(
+    matrix: NDArray[np.uint8],
+    k: int,
+    m: int,
+    have: NDArray[np.int32],
+    wanted: NDArray[np.int32],
+    out: NDArray[np.uint8],
+) -> int: ...
+def code_count_singular(matrix: NDArray[np.uint8], k: int, m: int) -> tuple[int, int]: ...
+def code_blocks(
+    coder: int,
+    kernel: int,
+    source: NDArray[np.uint64],
+    source_bytes: NDArray[np.int64],
+    target: NDArray[np.uint64],
+    coefficients: NDArray[np.uint8],
+    block_bytes: int,
+    tile_bytes: int,
+    add: bool,
+    source_crcs: NDArray[np.uint32],
+    target_crcs: NDArray[np.uint32],
+) -> tuple[int, int, int]: ...
+def code_isal_raw(
+    source: NDArray[np.uint64],
+    source_bytes: NDArray[np.int64],
+    target: NDArray[np.uint64],
+    coefficients: NDArray[np.uint8],
+    block_bytes: int,
+    tile_bytes: int,
+) -> int: ...
+def coder_available(coder: int) -> bool: ...
+def coder_auto() -> int: ...
+def coder_isal_library() -> str: ...
 def kernel_available(kernel: int) -> bool: ...
 def kernel_auto() -> int: ...
 def build_info() -> dict[str, str]: ...

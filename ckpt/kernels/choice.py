@@ -1,7 +1,7 @@
 """Which kernel runs: the native core, or the NumPy reference when `CKPT_KERNEL=reference` demands it.
 
-In: the environment, read here only, at call time. Out: the native module and the number of a CRC kernel. A demand that
-cannot be met is an error; there is no silent fallback.
+In: the environment, read here only, at call time. Out: the native module and the numbers of a CRC kernel and of a coder. A
+demand that cannot be met is an error; there is no silent fallback.
 """
 
 from __future__ import annotations
@@ -16,6 +16,8 @@ from ckpt.errors import InvalidInputError
 
 REFERENCE = "reference"
 ENVIRONMENT_VARIABLE = "CKPT_KERNEL"
+CODER_VARIABLE = "CKPT_CODER"  # for erasure coding alone; where it is not set, `CKPT_KERNEL=reference` holds for it too
+ISAL_HINTS = ("install Intel ISA-L's libisal.so.2: `apt-get install libisal2`, `dnf install libisal`",)
 
 
 class CrcKernel(IntEnum):
@@ -25,6 +27,14 @@ class CrcKernel(IntEnum):
     table = 1
     sse42 = 2
     arm = 3
+
+
+class Coder(IntEnum):
+    """As `ckpt_coder` in native/include/ckpt_core.h."""
+
+    auto = 0
+    portable = 1
+    isal = 2
 
 
 class Status(IntEnum):
@@ -38,6 +48,7 @@ class Status(IntEnum):
     NO_KERNEL = 5
     SEGMENT_OUT_OF_BOUNDS = 6
     SYSTEM_ERROR = 7
+    SINGULAR = 8
 
 
 def demanded() -> str | None:
@@ -95,6 +106,46 @@ def crc_kernel() -> CrcKernel:
     return kernel
 
 
+def coder_demanded() -> str | None:
+    """The coder that the environment asks for, None when it leaves the choice to us."""
+    name = os.environ.get(CODER_VARIABLE)
+    everything = demanded()
+    if not name:
+        return REFERENCE if everything == REFERENCE else None
+    if name != REFERENCE and (name not in Coder.__members__ or name == "auto"):
+        known = ", ".join([REFERENCE, *(coder.name for coder in Coder if coder)])
+        raise InvalidInputError(
+            f"environment variable {CODER_VARIABLE} must name a coder, found {name!r}",
+            kind="unknown-kernel",
+            hints=(f"known: {known}; unset it to use the fastest",),
+        )
+    if everything == REFERENCE and name != REFERENCE:
+        raise InvalidInputError(
+            f"{CODER_VARIABLE}={name} contradicts {ENVIRONMENT_VARIABLE}={REFERENCE}, which asks for no native code",
+            kind="no-kernel",
+        )
+    return name
+
+
+def coder() -> Coder | None:
+    """The coder to run, None for the reference. InvalidInputError where the one demanded is not here."""
+    name = coder_demanded()
+    if name is None:
+        return Coder.auto
+    if name == REFERENCE:
+        return None
+    if not native().coder_available(Coder[name]):
+        raise InvalidInputError(f"{CODER_VARIABLE}={name}: not here", kind="no-kernel", hints=ISAL_HINTS)
+    return Coder[name]
+
+
+def coders_available() -> list[str]:
+    """Names of the native coders that run here; none when the native core is not built."""
+    if _loaded is None:
+        return []
+    return [coder.name for coder in Coder if coder and _loaded.coder_available(coder)]
+
+
 def available() -> list[str]:
     """Names of the native CRC kernels that run here; none when the native core is not built."""
     if _loaded is None:
@@ -110,6 +161,7 @@ def kernel_info() -> dict[str, Any]:
     else:
         runs = name or CrcKernel(native().kernel_auto()).name
         crc_kernel()
+    chosen = coder()
     built: dict[str, Any] = {} if _loaded is None else _loaded.build_info()
     return {
         "native": _loaded is not None,
@@ -118,6 +170,9 @@ def kernel_info() -> dict[str, Any]:
         "copy": REFERENCE if name == REFERENCE else "native",
         "crc32c": runs,
         "crc32c_available": available(),
+        "coder": REFERENCE if chosen is None else (chosen or Coder(native().coder_auto())).name,
+        "coders_available": coders_available(),
+        "isal_library": (_loaded.coder_isal_library() or None) if _loaded is not None else None,
         "machine": platform.machine(),
         "compiler": built.get("compiler"),
         "build_type": built.get("build_type"),

@@ -1,4 +1,5 @@
-/* The contract of ckpt's native core: n-d box copy, CRC-32C, both fused, writes to files, and verified reads of them.
+/* The contract of ckpt's native core: n-d box copy, CRC-32C, both fused, writes to files, verified reads of them, and erasure
+ * coding.
  *
  * All sizes, strides and limits are bytes; limits and stops are exclusive. Every function is thread safe, keeps no state
  * between calls, allocates no memory of its own (worker threads aside), and answers with a status instead of an exception.
@@ -30,7 +31,8 @@ typedef enum ckpt_status CKPT_ENUM_BASE {
   CKPT_TARGET_OVERLAPS = 4,      /* two elements of one box would share bytes of the target, or interleave in it */
   CKPT_NO_KERNEL = 5,            /* the kernel asked for by name is not in this build or not on this processor */
   CKPT_SEGMENT_OUT_OF_BOUNDS = 6, /* a segment to sum is not inside the target, not sorted, or overlaps another */
-  CKPT_SYSTEM_ERROR = 7           /* a system call failed; the call also gives its errno */
+  CKPT_SYSTEM_ERROR = 7,          /* a system call failed; the call also gives its errno */
+  CKPT_SINGULAR = 8               /* the pieces that are there do not determine the others */
 } ckpt_status;
 
 /* N boxes in D dims as columns. Element (i0, i1, ...) of row r lies at
@@ -157,6 +159,64 @@ typedef struct ckpt_read_results {
 /* Read every chunk whole, verify all its blocks, and only then copy its boxes. Threads share out the chunks in order. Memory that
  * is copied must lie in blocks of the same chunk to be covered by this promise. On a refusal `bad_row` is the box at fault or -1. */
 ckpt_status ckpt_read_chunks(const ckpt_reads *reads, ckpt_read_results *results, int64_t *bad_row);
+
+/* Erasure coding over GF(2^8) with polynomial x^8 + x^4 + x^3 + x^2 + 1 (0x11D). A code makes n = k + m pieces of k: pieces
+ * 0 .. k-1 are the data themselves, the others parity. Its matrix [n, k] gives each piece as a sum of the data. */
+#define CKPT_CODE_SOURCES_MAX 64 /* k, and sources of one call */
+#define CKPT_CODE_TARGETS_MAX 32 /* m, and targets of one call */
+#define CKPT_CODE_TILE_BYTES_MAX (1 << 30)
+
+/* Kept with what was coded: numbers are never given another meaning. */
+typedef enum ckpt_code CKPT_ENUM_BASE {
+  CKPT_CODE_XOR = 1,      /* m = 1: the parity is the exclusive or of the data */
+  CKPT_CODE_CAUCHY_RS = 2 /* element (i, j) of a parity row i >= k is the inverse of i ^ j, as ISA-L's gf_gen_cauchy1_matrix */
+} ckpt_code;
+
+/* The matrix of a code, [k + m, k], into `out`. */
+ckpt_status ckpt_code_matrix(ckpt_code code, int32_t k, int32_t m, uint8_t *out);
+
+/* Coefficients [num_wanted, k] that give the wanted pieces from the k pieces `have`, in the order of both lists. `have` names k
+ * different pieces. CKPT_SINGULAR when they do not determine the data. */
+ckpt_status ckpt_code_rows(const uint8_t *matrix, int32_t k, int32_t m, const int32_t *have, const int32_t *wanted,
+                           int32_t num_wanted, uint8_t *out);
+
+/* How many of the (n over k) choices of k pieces do not determine the data: 0 for a code that survives any m losses. Tries all. */
+ckpt_status ckpt_code_count_singular(const uint8_t *matrix, int32_t k, int32_t m, int64_t *out);
+
+typedef enum ckpt_coder CKPT_ENUM_BASE {
+  CKPT_CODER_AUTO = 0,     /* the fastest that is here */
+  CKPT_CODER_PORTABLE = 1, /* plain C++ */
+  CKPT_CODER_ISAL = 2      /* Intel ISA-L, linked or found at run time */
+} ckpt_coder;
+
+int32_t ckpt_coder_available(ckpt_coder coder);
+ckpt_coder ckpt_coder_auto(void);
+
+/* Where ISA-L comes from: the file that was found, "linked", or "" when there is none. */
+const char *ckpt_coder_isal_library(void);
+
+typedef struct ckpt_coding {
+  const uint64_t *source;       /* [K] address; not looked at where there are no bytes */
+  const int64_t *source_bytes;  /* [K] bytes there, at most block_bytes; what is missing to the block counts as zero, unread */
+  const uint64_t *target;       /* [R] address of block_bytes */
+  const uint8_t *coefficients;  /* [R, K] */
+  int32_t num_sources;          /* K, 1 to CKPT_CODE_SOURCES_MAX */
+  int32_t num_targets;          /* R, 0 (sums alone) to CKPT_CODE_TARGETS_MAX */
+  int64_t block_bytes;
+  int64_t tile_bytes;           /* of each source at a time, 64 to CKPT_CODE_TILE_BYTES_MAX, a multiple of 64 */
+  int32_t add;                  /* 1: the sum is added to what the targets hold, so that sources can come one after the other */
+} ckpt_coding;
+
+/* target[r] = sum over s of coefficients[r, s] * source[s], tile by tile, on the caller's thread; and while a tile is in the
+ * processor's cache, its share of source_crcs[s] = CRC-32C of the bytes there are of the source and of target_crcs[r] = that of
+ * the target afterwards. Either may be null. Targets must be disjoint from the sources and from each other: on a refusal
+ * `bad_source` or `bad_target` is the one at fault, else -1, and nothing is touched. What is summed and what is coded are two
+ * reads: while a source changes, they may differ. With CKPT_KERNEL_AUTO the coder ISA-L sums by its own CRC-32C. */
+ckpt_status ckpt_code_blocks(ckpt_coder coder, ckpt_kernel kernel, const ckpt_coding *coding, uint32_t *source_crcs,
+                             uint32_t *target_crcs, int32_t *bad_source, int32_t *bad_target);
+
+/* For benchmarks: the same by ISA-L's own ec_encode_data and nothing else: no checks, no short sources, no sums, no add. */
+ckpt_status ckpt_code_isal_raw(const ckpt_coding *coding);
 
 /* How this library was built, for reports: "GCC 12.2.0", "Release", "" or "address". */
 const char *ckpt_build_compiler(void);

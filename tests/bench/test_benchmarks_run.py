@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 
 from bench.plot import draw
+from ckpt.kernels import choice
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -117,3 +118,11 @@ def test_a_report_is_drawn_as_one_picture(tmp_path: Path) -> None:
     draw({"benchmark": "any", "machine": {}, "results": {"save": row, "load": row}}, tmp_path / "out" / "any.png")
 
     assert (tmp_path / "out" / "any.png").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.skipif("isal" not in choice.coders_available(), reason="ISA-L is not installed")
+def test_erasure_reports_the_share_of_the_raw_rate(tmp_path: Path) -> None:
+    made = report("erasure", tmp_path)
+    assert len(made["results"]) == 8
+    for rows in made["results"].values():
+        assert rows["ours"]["of_raw"] > 0 and rows["ISA-L, same tile"]["of_raw"] == 1

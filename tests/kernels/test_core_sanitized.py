@@ -35,5 +35,6 @@ def test_core_is_clean_under_address_and_undefined_sanitizers(tmp_path: Path) ->
     for command in ([cmake, "-S", str(TREE), "-B", str(tmp_path), *options], [cmake, "--build", str(tmp_path)]):
         built = subprocess.run(command, capture_output=True, text=True, timeout=200)
         assert built.returncode == 0, built.stdout + built.stderr
-    done = subprocess.run([str(tmp_path / "test_core")], capture_output=True, text=True, timeout=150)
-    assert (done.returncode, done.stdout) == (0, "all core tests passed\n"), done.stdout + done.stderr
+    for name, line in (("test_core", "all core tests passed\n"), ("test_erasure", "all erasure tests passed\n")):
+        done = subprocess.run([str(tmp_path / name)], capture_output=True, text=True, timeout=150)
+        assert (done.returncode, done.stdout) == (0, line), done.stdout + done.stderr

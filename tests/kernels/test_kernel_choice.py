@@ -17,7 +17,7 @@ import pytest
 
 from ckpt import kernels
 from ckpt.errors import InvalidInputError
-from ckpt.kernels import choice, reference
+from ckpt.kernels import choice, erasure, reference
 
 TREE = Path(__file__).resolve().parents[2]
 CONTRACT = (TREE / "native/include/ckpt_core.h").read_text()
@@ -75,7 +75,11 @@ def test_numbers_equal_those_of_the_header() -> None:
     statuses = {name: int(value) for name, value in re.findall(r"CKPT_(\w+) = (\d+)", status_enum)}
     crc_kernels = {name.lower(): int(value) for name, value in re.findall(r"CKPT_KERNEL_(\w+) = (\d+)", CONTRACT)}
     assert {name: int(value) for name, value in choice.Status.__members__.items()} == statuses
+    coders = {name.lower(): int(value) for name, value in re.findall(r"CKPT_CODER_(\w+) = (\d+)", CONTRACT)}
+    codes = {name.lower(): int(value) for name, value in re.findall(r"CKPT_CODE_(\w+) = (\d+)", CONTRACT)}
     assert {name: int(value) for name, value in choice.CrcKernel.__members__.items()} == crc_kernels
+    assert {name: int(value) for name, value in choice.Coder.__members__.items()} == coders
+    assert {name: int(value) for name, value in erasure.CodeId.__members__.items()} == codes
     assert f"#define CKPT_DIMS_MAX {reference.DIMS_MAX} " in CONTRACT
 
 
