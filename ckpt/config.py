@@ -72,7 +72,9 @@ class Options:
 
     # The agent process and its memory.
     agent_memory_folder: str = "/dev/shm"  # a tmpfs, where agents keep snapshots
-    agent_runtime_folder: str = ""  # for sockets, locks and logs of agents; empty: $XDG_RUNTIME_DIR/ckpt or /tmp/ckpt-<uid>
+    agent_runtime_folder: str = (
+        ""  # for sockets, locks and logs of agents; empty: $XDG_RUNTIME_DIR/ckpt or /tmp/ckpt-<uid>
+    )
     agent_reserve_bytes: int = 1024 * MIB  # host memory that agents leave free
     agent_lease_s: float = 600.0  # an agent without a trainer stops after that; a dead one's memory is kept as long
     agent_heartbeat_s: float = 5.0  # an agent marks its memory as in use so often

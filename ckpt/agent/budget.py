@@ -54,9 +54,14 @@ def check(need_bytes: int, memory: Memory, options: Options) -> None:
     if need_bytes + reserve <= memory.free_bytes and need_bytes <= memory.folder_bytes:
         return
     cgroup = "no limit" if memory.cgroup_bytes is None else f"{memory.cgroup_bytes:,} bytes left"
-    hints = ["save less per rank (more ranks), or give the job more memory", "CKPT_AGENT_RESERVE_BYTES is what is left free"]
+    hints = [
+        "save less per rank (more ranks), or give the job more memory",
+        "CKPT_AGENT_RESERVE_BYTES is what is left free",
+    ]
     if need_bytes > memory.folder_bytes:
-        hints.insert(0, f"enlarge `{memory.folder}` (containers: --shm-size, an emptyDir of medium Memory with a size limit)")
+        hints.insert(
+            0, f"enlarge `{memory.folder}` (containers: --shm-size, an emptyDir of medium Memory with a size limit)"
+        )
     raise BudgetError(
         f"no memory for snapshots: needed {need_bytes:,} bytes and {reserve:,} in reserve; found {memory.host_bytes:,} available "
         f"on the host, control group: {cgroup}, {memory.folder_bytes:,} free in `{memory.folder}`",
@@ -76,7 +81,9 @@ def cgroup_free_bytes(root: Path = Path("/sys/fs/cgroup"), groups: Path = Path("
         if controllers == "":
             found += _free(root, path, "memory.max", "memory.current", "inactive_file")
         elif "memory" in controllers.split(","):
-            found += _free(root / "memory", path, "memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file")
+            found += _free(
+                root / "memory", path, "memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"
+            )
     return min(found, default=None)
 
 

@@ -119,7 +119,9 @@ def unpack_copy(data: bytes) -> Header | None:
         raise VersionError(f"a segment of version {version}, this program reads up to {VERSION}", kind="newer-segment")
     if _CRC.unpack_from(data, _BODY.size)[0] != crc32c(body):
         return None
-    (_, _, _, state, flags, sequence, run_id, rank, world, incarnation, epoch, pid, _, ticks, boot, *rest) = _BODY.unpack(body)
+    (_, _, _, state, flags, sequence, run_id, rank, world, incarnation, epoch, pid, _, ticks, boot, *rest) = (
+        _BODY.unpack(body)
+    )
     alive_ns, generation, step, attempt, capacity_bytes, image_bytes, crc = rest
     return Header(
         state=State(state),

@@ -115,7 +115,9 @@ def runtime_folders(options: Options) -> list[Path]:
     """Every folder in which an agent of this user may have been started, whatever XDG_RUNTIME_DIR was then."""
     if options.agent_runtime_folder:
         return [runtime_folder(options)]
-    return list(dict.fromkeys([runtime_folder(options), Path(f"/run/user/{os.geteuid()}/ckpt"), _by_user(Path("/tmp"))]))
+    return list(
+        dict.fromkeys([runtime_folder(options), Path(f"/run/user/{os.geteuid()}/ckpt"), _by_user(Path("/tmp"))])
+    )
 
 
 def memory_folder(options: Options) -> Path:
@@ -146,7 +148,9 @@ def check_private(folder: Path) -> None:
     else:
         return
     raise InvalidInputError(
-        f"folder `{folder}` {wrong}", kind="unsafe-folder", hints=(f"look at it with ls -ld {folder}; remove it if you may",)
+        f"folder `{folder}` {wrong}",
+        kind="unsafe-folder",
+        hints=(f"look at it with ls -ld {folder}; remove it if you may",),
     )
 
 

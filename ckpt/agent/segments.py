@@ -2,8 +2,8 @@
 
 In: identities, sizes. Out: segments with a header (header.py) and a payload. One agent owns a segment: it alone changes the
 header, and it holds a lock on the file while it lives. A trainer gets a descriptor of its own and maps the payload. What a dead
-agent left is adopted by the next one of the same run and rank, and removed by anybody's once its lease is over. Never touches what
-a living process or another user holds. Sizes are looked at before every map: a shortened file would kill with SIGBUS.
+agent left is adopted by the next one of the same run and rank, and removed by anybody's once its lease is over. Never touches
+what a living process or another user holds. Sizes are looked at before every map: a shortened file would kill with SIGBUS.
 """
 
 from __future__ import annotations
@@ -230,7 +230,7 @@ def listing(folder: Path) -> list[Path]:
 
 def leftovers(folder: Path) -> list[Leftover]:
     """What dead agents of this user left, of any run."""
-    return [found for path in listing(folder) if (found := _leftover(path)) is not None]
+    return [found for path in listing(folder) if (found := _leftover(path, _YOUNG_S)) is not None]
 
 
 def living(folder: Path, identity: Identity) -> list[Header]:
@@ -255,28 +255,33 @@ class Swept:
     given_up: list[str]  # names of segments of this rank that could not be adopted, with the reason
 
 
-def sweep(folder: Path, identity: Identity | None, *, lease_s: float, tell: Callable[[str], None] = lambda _: None) -> Swept:
+def sweep(
+    folder: Path, identity: Identity | None, *, lease_s: float, tell: Callable[[str], None] = lambda _: None
+) -> Swept:
     """Adopt what a dead agent of the same run and rank left; remove what nobody will come back for. Locks nothing that lives.
 
     Args:
         identity: adopts; None: only removes. The caller holds the lock of this run and rank.
         tell: what could not be looked at.
     """
-    adopted, removed, given_up = [], [], []
-    for left in leftovers(folder):
-        match = _NAME.fullmatch(left.path.name)
-        assert match is not None
-        mine = identity is not None and (match[1], int(match[2])) == (identity.run_id.hex, identity.rank)
+    adopted: list[Segment] = []
+    removed: list[Leftover] = []
+    given_up: list[str] = []
+    for path in listing(folder):
+        mine = identity is not None and _is_named_for(path, identity)
+        left = _leftover(path, grace_s=0.0 if mine else _YOUNG_S)
+        if left is None:
+            continue
         try:
             if mine and identity is not None:
                 adopted.append(adopt(left.path, identity))
-            elif left.is_over(lease_s) and _remove(left):
+            elif left.is_over(lease_s) and remove(left):
                 removed.append(left)
         except NotFoundError:
             continue  # somebody was quicker
         except DamagedError as error:
             given_up.append(f"{left.path.name}: {error.message}")
-            _remove(left)
+            remove(left)
         except CheckpointError as error:  # of a newer program, say: not ours to judge
             tell(f"{left.path.name}: {error.message}")
     return Swept(adopted=adopted, removed=removed, given_up=given_up)
@@ -351,7 +356,12 @@ def _read_header(fd: int, path: Path) -> Header:
     return header
 
 
-def _leftover(path: Path) -> Leftover | None:
+def _is_named_for(path: Path, identity: Identity) -> bool:
+    match = _NAME.fullmatch(path.name)
+    return match is not None and (match[1], int(match[2])) == (identity.run_id.hex, identity.rank)
+
+
+def _leftover(path: Path, grace_s: float) -> Leftover | None:
     """None for what lives, what is just being made, and what is not ours."""
     try:
         found = path.lstat()
@@ -364,14 +374,18 @@ def _leftover(path: Path) -> Leftover | None:
     except NotFoundError:
         return None
     except CheckpointError as error:
-        is_young = time.time() - found.st_mtime < _YOUNG_S
-        return None if is_young or error.kind == "newer-segment" else Leftover(path=path, header=None, nbytes=found.st_size)
+        is_young = time.time() - found.st_mtime < grace_s
+        return (
+            None
+            if is_young or error.kind == "newer-segment"
+            else Leftover(path=path, header=None, nbytes=found.st_size)
+        )
     if header.owner.is_alive and header.owner != Owner.current():
         return None
     return Leftover(path=path, header=header, nbytes=found.st_size)
 
 
-def _remove(left: Leftover) -> bool:
+def remove(left: Leftover) -> bool:
     """Remove a leftover, unless somebody has adopted it meanwhile."""
     try:
         fd = _open(left.path, os.O_RDWR)
@@ -395,7 +409,8 @@ def _check_size(fd: int, path: Path, capacity_bytes: int) -> None:
 
 def _wrong_size(path: Path, nbytes: int, capacity_bytes: int) -> DamagedError:
     return DamagedError(
-        f"segment `{path}` has another size: expected {HEADER_BYTES + capacity_bytes} bytes, found {nbytes}", kind="wrong-size"
+        f"segment `{path}` has another size: expected {HEADER_BYTES + capacity_bytes} bytes, found {nbytes}",
+        kind="wrong-size",
     )
 
 
