@@ -2,8 +2,8 @@
 
 In: an identity, options, an epoch. Out: a connection. The agent is started with exec in a session of its own and leaves that for
 another one, so it is in no process group that torchrun kills, has no terminal, and inherits no memory, no threads, no CUDA
-context and no descriptors. Two that start at once: the lock decides, the other one connects to who won. What cannot be left is a control
-group: where the scheduler kills that (docs/reference/agent.md), start the agent outside of it, with `ckpt agent run`.
+context and no descriptors. Two that start at once: the lock decides, the other one connects to who won. What cannot be left is a
+control group: where the scheduler kills that (docs/reference/agent.md), start the agent outside of it, with `ckpt agent run`.
 """
 
 from __future__ import annotations
