@@ -113,7 +113,6 @@ def test_an_agent_without_a_trainer_ends_when_its_lease_is_over(trainer: Make, o
 
 def test_what_a_dead_agent_of_another_run_left_goes_when_its_lease_is_over(trainer: Make, options: Options) -> None:
     one = trainer()
-    kill_and_wait(one.start()["pid"]) if not one.do("reserve", image_bytes=1) else None
     agent = one.start(run_id=uuid.uuid4().hex)
     one.do("reserve", image_bytes=IMAGE_BYTES)
     left = names_in_memory(options)
@@ -128,7 +127,7 @@ def test_what_a_dead_agent_of_another_run_left_goes_when_its_lease_is_over(train
     one.start(run_id=uuid.uuid4().hex)
 
     assert set(left) < set(kept)
-    assert names_in_memory(options) == []
+    assert not set(left) & set(names_in_memory(options))
 
 
 def test_sigterm_ends_the_agent_and_gives_everything_back(trainer: Make, options: Options) -> None:
