@@ -56,12 +56,17 @@ def agents(options: Options, *, run_id: uuid.UUID | None = None, rank: int | Non
 
 def stop(found: Found, options: Options, *, force: bool, clock: Callable[[], float] = time.monotonic) -> None:
     """End an agent, and wait until it is gone. AgentError `not-stopped` when it is not."""
-    client = connect(found.places.socket, found.identity, options, role="observer", timeout_s=_ASK_S)
+    owner = Owner.of(found.status["pid"]) if found.status else None
     try:
-        owner = Owner.of(client.agent["pid"])
-        client.call("stop", {"force": force})
-    finally:
-        client.close()
+        client = connect(found.places.socket, found.identity, options, role="observer", timeout_s=_ASK_S)
+        try:
+            owner = Owner.of(client.agent["pid"])
+            client.call("stop", {"force": force})
+        finally:
+            client.close()
+    except AgentError as error:
+        if error.kind != "no-agent":  # else it is about to end by itself
+            raise
     deadline = clock() + options.agent_stop_grace_s + 2 * _ASK_S
     while owner is not None and owner.is_alive:
         if clock() > deadline:

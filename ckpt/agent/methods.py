@@ -23,20 +23,27 @@ _CRC_MAX = (1 << 32) - 1
 
 def install(agent: Agent) -> None:
     """Add the methods to the agent's table."""
-    slots, server = agent.slots, agent.server
-    started = time.monotonic()
+    methods = _Methods(agent)
+    names = ("reserve", "attach", "begin", "seal", "abandon", "ping", "status", "stop", "bye")
+    agent.server.handlers |= {name: getattr(methods, name) for name in names}
+    agent.server.open_methods |= {"ping", "status", "stop"}
 
-    def reserve(call: Call) -> Reply:
-        slots.reserve(call.integer("image_bytes", low=1))
-        return passed()
 
-    def attach(call: Call) -> Reply:
-        return passed()
+class _Methods:
+    """One method of the agent each, by name."""
 
-    def passed() -> Reply:
+    def __init__(self, agent: Agent) -> None:
+        self._agent, self._slots, self._server = agent, agent.slots, agent.server
+        self._started = time.monotonic()
+
+    def reserve(self, call: Call) -> Reply:
+        self._slots.reserve(call.integer("image_bytes", low=1))
+        return self.attach(call)
+
+    def attach(self, call: Call) -> Reply:
         fds: list[int] = []
         try:
-            held = slots.all()
+            held = self._slots.all()
             for segment in held:
                 fds.append(segment.open_again())
             return Reply(result={"segments": [describe(one) for one in held]}, fds=fds)
@@ -45,45 +52,41 @@ def install(agent: Agent) -> None:
                 os.close(fd)
             raise
 
-    def begin(call: Call) -> dict[str, Any]:
+    def begin(self, call: Call) -> dict[str, Any]:
         session = call.session
         step, attempt = call.integer("step"), call.text("attempt")
-        segment = slots.begin(step=step, attempt=attempt, epoch=session.epoch, world=session.world)
-        return describe(segment)
+        return describe(self._slots.begin(step=step, attempt=attempt, epoch=session.epoch, world=session.world))
 
-    def seal(call: Call) -> dict[str, Any]:
+    def seal(self, call: Call) -> dict[str, Any]:
         crc = None if call.params.get("image_crc") is None else call.integer("image_crc", high=_CRC_MAX)
-        return describe(slots.seal(call.text("name"), call.integer("generation"), call.integer("image_bytes"), crc))
+        image_bytes = call.integer("image_bytes")
+        return describe(self._slots.seal(call.text("name"), call.integer("generation"), image_bytes, crc))
 
-    def abandon(call: Call) -> dict[str, Any]:
-        slots.abandon(call.text("name"), call.integer("generation"))
+    def abandon(self, call: Call) -> dict[str, Any]:
+        self._slots.abandon(call.text("name"), call.integer("generation"))
         return {}
 
-    def ping(call: Call) -> dict[str, Any]:
-        return {"lease_left_s": agent.admission.lease_left_s}
+    def ping(self, call: Call) -> dict[str, Any]:
+        return {"lease_left_s": self._agent.admission.lease_left_s}
 
-    def status(call: Call) -> dict[str, Any]:
-        return {**_facts(agent), "uptime_s": time.monotonic() - started}
+    def status(self, call: Call) -> dict[str, Any]:
+        return {**_facts(self._agent), "uptime_s": time.monotonic() - self._started}
 
-    def stop(call: Call) -> dict[str, Any]:
-        trainer_pid = agent.admission.trainer_pid
-        if trainer_pid is not None and trainer_pid != call.session.peer.pid and call.params.get("force") is not True:
+    def stop(self, call: Call) -> dict[str, Any]:
+        trainer_pid = self._agent.admission.trainer_pid
+        if trainer_pid is not None and not call.session.is_trainer and call.params.get("force") is not True:
             raise InvalidInputError(
                 f"a trainer, pid {trainer_pid}, uses this agent",
                 kind="trainer-there",
                 hints=("end the job, or give --force: then it goes on without snapshots in memory",),
             )
-        server.stop("stop was asked for")
+        self._server.stop("stop was asked for")
         return {}
 
-    def bye(call: Call) -> dict[str, Any]:
+    def bye(self, call: Call) -> dict[str, Any]:
         call.session.is_detached = True
-        server.stop("the job is over")
+        self._server.stop("the job is over")
         return {}
-
-    for handler in (reserve, attach, begin, seal, abandon, ping, status, stop, bye):
-        server.handlers[handler.__name__] = handler
-    server.open_methods |= {"ping", "status", "stop"}
 
 
 def _facts(agent: Agent) -> dict[str, Any]:

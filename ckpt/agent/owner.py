@@ -27,7 +27,8 @@ class Owner:
     def of(pid: int) -> Owner | None:
         """The process that has this pid now; None when there is none, or it has ended and was not waited for."""
         fields = _stat(pid)
-        if fields is None or fields[0] in _ENDED:
+        # The first thread can have ended while others still hold memory and files: then the process has not.
+        if fields is None or (fields[0] in _ENDED and int(fields[17]) <= 1):
             return None
         return Owner(pid=pid, start_ticks=int(fields[19]), boot_id=boot_id())
 

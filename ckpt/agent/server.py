@@ -209,6 +209,7 @@ class Server:
             deadline = time.monotonic() + _timeout_of(message.body.get("timeout_s"))
             if method == "detach":
                 session.is_detached = True
+                self._admission.leave(session)  # before the answer: the next trainer may come at once
                 goes_on = False
             else:
                 handler = self._handler(method, session)

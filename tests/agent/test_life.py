@@ -17,7 +17,7 @@ import pytest
 
 from ckpt.agent import discover
 from ckpt.agent.identity import Identity, memory_folder, places
-from ckpt.agent.local import connect
+from ckpt.agent.local import Client, connect
 from ckpt.agent.owner import Owner
 from ckpt.agent.spawn import start, start_or_adopt
 from ckpt.config import Options
@@ -160,12 +160,14 @@ def test_a_second_agent_with_another_runtime_folder_is_refused_too(
 
 
 def test_those_that_start_one_agent_at_once_all_get_the_same(options: Options, identity: Identity) -> None:
-    def ask(_: int) -> int:
-        client = start_or_adopt(identity, options)  # all of one process: the last to say hello is the trainer
-        return int(client.agent["pid"])
+    def ask(_: int) -> Client:
+        return start_or_adopt(identity, options)  # all of one process: the last to say hello is the trainer
 
     with ThreadPoolExecutor(4) as pool:
-        pids = set(pool.map(ask, range(4)))
+        clients = list(pool.map(ask, range(4)))
+    pids = {client.agent["pid"] for client in clients}
+    for client in clients:
+        client.close()
     for found in discover.agents(options):
         discover.stop(found, options, force=True)
     assert len(pids) == 1
