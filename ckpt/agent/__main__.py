@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import os
 import sys
+from typing import TextIO
 
 
 def main() -> int:
@@ -20,6 +21,7 @@ def main() -> int:
     parser.add_argument("--options", default="{}", help="JSON: those that are not the default")
     parser.add_argument("--detach", action="store_true")
     parser.add_argument("--ready-fd", type=int, default=-1)
+    parser.add_argument("--say", choices=("text", "json", "nothing"), default="text", help="for `ckpt agent run`")
     given = parser.parse_args()
     if given.detach:
         if os.fork():
@@ -46,12 +48,29 @@ def _run(given: argparse.Namespace) -> int:
     try:
         identity = Identity(run_id=uuid.UUID(hex=given.run_id), rank=given.rank, world=given.world)
         options = Options(**json.loads(given.options))
-        process.run(identity, options, on_ready=lambda: tell({"pid": os.getpid()}))
+        _say(given, sys.stderr, f"agent {identity.label} of run {identity.run_id} starts, pid {os.getpid()}")
+        reason = process.run(identity, options, on_ready=lambda: tell({"pid": os.getpid()}))
+        _say(given, sys.stderr, f"ended: {reason}")
+        _say(given, sys.stdout, document={"action": "run", "reason": reason})
         return 0
     except CheckpointError as error:
-        tell({"class": type(error).__name__, "kind": error.kind, "message": error.message, "hints": list(error.hints)})
-        print(f"error: {error}", file=sys.stderr)  # noqa: T201 - to the file beside the log
+        record = {"kind": error.kind, "message": error.message, "hints": list(error.hints)}
+        tell({**record, "class": type(error).__name__})
+        document = {"error": {**record, "exit_code": error.exit_code, "context": {}}}
+        _say(given, sys.stderr, f"error: {error}", document=document)
         return error.exit_code
+
+
+def _say(
+    given: argparse.Namespace, stream: TextIO, text: str = "", *, document: dict[str, object] | None = None
+) -> None:
+    """A line for a person, or a document for a program, whichever was asked for."""
+    import json
+
+    if given.say == "text" and text:
+        print(text, file=stream, flush=True)  # noqa: T201 - this is a program
+    if given.say == "json" and document is not None:
+        print(json.dumps(document, indent=2), file=stream, flush=True)  # noqa: T201 - this is a program
 
 
 if __name__ == "__main__":

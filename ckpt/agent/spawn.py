@@ -108,14 +108,8 @@ def start(identity: Identity, options: Options, where: Places, *, deadline: floa
 
 def _exec(identity: Identity, options: Options, where: Places, ready_fd: int) -> None:
     """A child that execs the agent, which leaves it and lets it end: it is waited for here."""
-    changed = {
-        field.name: value
-        for field in dataclasses.fields(options)
-        if (value := getattr(options, field.name)) != field.default
-    }
     command = [sys.executable, "-P", "-m", "ckpt.agent", "--detach", "--ready-fd", str(ready_fd)]
-    command += ["--run-id", identity.run_id.hex, "--rank", str(identity.rank), "--world", str(identity.world)]
-    command += ["--options", json.dumps(changed)]
+    command += arguments(identity, options)
     flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC | os.O_NOFOLLOW
     stderr = os.open(where.stderr, flags, 0o600)
     try:
@@ -134,6 +128,19 @@ def _exec(identity: Identity, options: Options, where: Places, ready_fd: int) ->
         raise AgentError(f"`{command[0]}` cannot be started: {error.strerror}", kind="not-started") from error
     finally:
         os.close(stderr)
+
+
+def arguments(identity: Identity, options: Options) -> list[str]:
+    """Of `python -m ckpt.agent`, for this identity and these options."""
+    changed = {
+        field.name: value
+        for field in dataclasses.fields(options)
+        if (value := getattr(options, field.name)) != field.default
+    }
+    return [
+        *("--run-id", identity.run_id.hex, "--rank", str(identity.rank), "--world", str(identity.world)),
+        *("--options", json.dumps(changed)),
+    ]
 
 
 def _environment() -> dict[str, str]:

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
-from typing import Any
+import os
+import sys
+from typing import Any, NoReturn
 
 import click
 
 from ckpt import config
-from ckpt.agent import discover, process, segments
+from ckpt.agent import discover, segments
 from ckpt.agent.discover import Found
 from ckpt.agent.identity import Identity, memory_folder, run_id_of
 from ckpt.agent.segments import Leftover
+from ckpt.agent.spawn import arguments
 from ckpt.cli import texts
 from ckpt.cli.command import command
 from ckpt.cli.exit_codes import DONE, PARTLY
@@ -37,20 +40,20 @@ def agent(printer: Printer, action: str, url: str | None, rank: int | None, **fl
         printer.about["run"] = url
     options = config.from_environment()
     if action == "run":
-        return _run(printer, url, rank, flags["world"], options)
+        _run(printer, url, rank, flags["world"], options)
     if action == "stop":
         return _stop(printer, url, rank, options, **{name: flags[name] for name in ("every", "force", "yes")})
     return _status(printer, url, rank, options)
 
 
-def _run(printer: Printer, url: str | None, rank: int | None, world: int | None, options: Options) -> int:
+def _run(printer: Printer, url: str | None, rank: int | None, world: int | None, options: Options) -> NoReturn:
     if url is None or rank is None or world is None:
         raise InvalidInputError("`ckpt agent run` needs URL, --rank and --world", kind="usage")
     identity = Identity(run_id=run_id_of(url), rank=rank, world=world)
-    reason = process.run(identity, options, on_ready=lambda: printer.note(f"agent {identity.label} of {url} is ready"))
-    printer.document({"action": "run", "reason": reason})
-    printer.note(f"ended: {reason}")
-    return DONE
+    command = [sys.executable, "-m", "ckpt.agent", *arguments(identity, options)]
+    command += ["--say", "json" if printer.json else "nothing" if printer.quiet else "text"]
+    sys.stdout.flush()
+    os.execv(command[0], command)  # the same process, without what the command line has imported: torch, 300 MB
 
 
 def _status(printer: Printer, url: str | None, rank: int | None, options: Options) -> int:

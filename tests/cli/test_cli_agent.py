@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import signal
@@ -19,7 +20,7 @@ from ckpt.agent.local import Client
 from ckpt.agent.owner import Owner
 from ckpt.agent.spawn import start_or_adopt
 from ckpt.config import from_environment
-from tests.cli.conftest import Program
+from tests.cli.conftest import Program, check_schema
 
 
 @pytest.fixture(autouse=True)
@@ -88,11 +89,16 @@ def test_run_is_an_agent_in_the_foreground(program: Program) -> None:
             time.sleep(0.05)
         client = start_or_adopt(identity, options)
         is_it = client.agent["pid"] == agent.pid
+        lean = "torch" not in Path(f"/proc/{agent.pid}/maps").read_text()
+        second = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
         client.close()
         stopped = program("agent", "stop", url, "--yes")
         out, _ = agent.communicate(timeout=20)
     assert is_it and stopped.code == 0 and agent.returncode == 0
-    assert '"reason": "stop was asked for"' in out
+    check_schema(json.loads(out), "agent")
+    check_schema(json.loads(second.stderr), "error")
+    assert json.loads(out)["reason"] == "stop was asked for" and lean
+    assert second.returncode == 12 and str(agent.pid) in second.stderr
 
 
 @pytest.mark.parametrize("arguments", [("run", "url"), ("stop",), ("stop", "url", "--all"), ("dance",)])
