@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import os
 import sys
+from collections.abc import Mapping
 from typing import TextIO
 
 
@@ -62,7 +63,7 @@ def _run(given: argparse.Namespace) -> int:
 
 
 def _say(
-    given: argparse.Namespace, stream: TextIO, text: str = "", *, document: dict[str, object] | None = None
+    given: argparse.Namespace, stream: TextIO, text: str = "", *, document: Mapping[str, object] | None = None
 ) -> None:
     """A line for a person, or a document for a program, whichever was asked for."""
     import json
