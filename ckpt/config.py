@@ -15,7 +15,14 @@ KIB = 1024
 MIB = 1024 * KIB
 
 
-_MAY_BE_ZERO = ("write_bytes_per_s_max", "copy_nice", "flush_nice", "terminate_grace_s")  # no limit, no nicety, no wait
+_MAY_BE_ZERO = (  # no limit, no nicety, no wait, no reserve
+    "write_bytes_per_s_max",
+    "copy_nice",
+    "flush_nice",
+    "terminate_grace_s",
+    "agent_nice",
+    "agent_reserve_bytes",
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,6 +73,23 @@ class Options:
     code_tile_bytes: int = (
         512 * KIB
     )  # of all blocks together that are coded and summed in one go, in the second-level cache
+
+    # The agent process and its memory.
+    agent_memory_folder: str = "/dev/shm"  # a tmpfs, where agents keep snapshots
+    agent_runtime_folder: str = (
+        ""  # for sockets, locks and logs of agents; empty: $XDG_RUNTIME_DIR/ckpt or /tmp/ckpt-<uid>
+    )
+    agent_reserve_bytes: int = 1024 * MIB  # host memory that agents leave free
+    agent_lease_s: float = 600.0  # an agent without a trainer stops after that; a dead one's memory is kept as long
+    agent_heartbeat_s: float = 5.0  # an agent marks its memory as in use so often
+    agent_start_timeout_s: float = 60.0  # until a started agent answers
+    agent_call_timeout_s: float = 60.0  # one request of a trainer to its agent
+    agent_message_timeout_s: float = 10.0  # from the first byte of a message on the local socket to its last
+    agent_message_bytes_max: int = MIB  # one message on the local socket
+    agent_connections_max: int = 64  # at a time, to one agent
+    agent_stop_grace_s: float = 30.0  # an agent that is told to stop has so long to finish what it does
+    agent_nice: int = 10  # priority of an agent, 0 (as training) to 19
+    agent_cpus: str = ""  # processors that an agent may use, such as 0-3,8; empty: those of whoever starts it
 
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):
@@ -172,3 +196,10 @@ SIMULATE_SIZES_MAX = 64  # clusters in one table
 SIMULATE_FILE_BYTES_MAX = 64 * KIB  # a cluster file
 # Limits of the agents.
 TOPOLOGY_BYTES_MAX = 16 * MIB  # of a topology file: 100,000 hosts with long names
+# Limits of agents (docs/reference/agent.md).
+AGENT_ATTEMPT_BYTES_MAX = 64  # of an attempt id in the header of a segment
+AGENT_MESSAGE_FDS_MAX = 16  # descriptors that one message passes
+AGENT_SEGMENTS_MAX = 16  # of one agent; `AGENT_MESSAGE_FDS_MAX` of them fit into one answer
+AGENT_LOG_PART_BYTES = MIB  # one file of an agent's log; there are two
+AGENT_LOG_KEEP_S = 7 * 86400.0  # logs of agents that are gone are removed after that
+AGENT_POPULATE_BYTES = 64 * MIB  # of one step of a first touch, so that other threads get their turn

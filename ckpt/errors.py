@@ -12,6 +12,8 @@ In: nothing. Out: exception classes with a stable `kind` and a command-line exit
       StoreError (OSError)             the store refused or could not be reached
       RankFailedError                  other ranks failed, disagree or are missing
       SaveFailedError                  a background save failed earlier
+      AgentError                       the agent of a rank refused, went away or could not be reached
+      BudgetError                      not enough free memory for what was asked; nothing was taken
 """
 
 from __future__ import annotations
@@ -109,3 +111,15 @@ class SaveFailedError(CheckpointError):
     """A background save failed; raised at the next call. `__cause__` is the first error."""
 
     kind = "save-failed"
+
+
+class AgentError(CheckpointError):
+    """The agent of a rank refused (`other-run`, `stale-epoch`, `held`, ...), went away or could not be reached (`agent-gone`)."""
+
+    kind = "agent"
+
+
+class BudgetError(CheckpointError):
+    """Not enough free memory for what was asked, with all figures. Nothing was taken."""
+
+    kind = "budget"

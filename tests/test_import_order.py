@@ -58,6 +58,7 @@ WITHOUT_TORCH = [
     "store",
     "commit",
     "simulate",
+    "agent",
 ]
 FORBIDDEN_ANYWHERE = {"pickle", "dill", "cloudpickle", "marshal", "shelve"}  # nothing that runs code from a checkpoint
 

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 
 import click
 
+from ckpt.cli.agent import agent
 from ckpt.cli.copy import copy
 from ckpt.cli.diff import diff
 from ckpt.cli.doctor import doctor
@@ -40,7 +41,7 @@ def ckpt() -> None:
     """
 
 
-for _command in (ls, show, tensors, verify, diff, plan, reshard, copy, report, forget, unforget, gc, simulate, doctor):
+for _command in (ls, show, tensors, verify, diff, plan, reshard, copy, report, forget, unforget, gc, simulate, agent, doctor):
     ckpt.add_command(_command)
 
 
