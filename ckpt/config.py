@@ -62,6 +62,14 @@ class Options:
     gc_grace_s: float = 3600.0  # unpublished attempts younger than this are kept by gc
     direct_io: bool = True  # read and write images around the page cache where the file system can
     events: bool = True  # log the phases of every save and load beside the run
+    # Transport between agents.
+    peer_connect_s: float = 5.0  # an agent reaches another and both have proved themselves within this
+    peer_progress_s: float = 30.0  # a transfer that brings no chunk for so long is given up
+    peer_chunk_bytes: int = 4 * MIB  # one message of a transfer, at most 16 MiB
+    peer_pull_bytes_max: int = 64 * MIB  # chunks that one call for many ranges has in flight
+    peer_streams_each_max: int = 8  # transfers that an agent serves to one peer at a time
+    peer_streams_max: int = 32  # to all peers together
+    peer_session_s: float = 3600.0  # a session that was not used for so long is forgotten
 
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):
@@ -80,6 +88,8 @@ class Options:
             raise InvalidInputError(f"option `exchange` must be auto, always or never, found {self.exchange!r}")
         if self.when_busy not in ("wait", "skip", "fail"):
             raise InvalidInputError(f"option `when_busy` must be wait, skip or fail, found {self.when_busy!r}")
+        if self.peer_chunk_bytes > PEER_CHUNK_BYTES_LIMIT:
+            raise InvalidInputError(f"option `peer_chunk_bytes` must be at most 16 MiB, found {self.peer_chunk_bytes}")
         if self.images_max > 2:
             raise InvalidInputError(f"option `images_max` must be 1 or 2, found {self.images_max}")
 
@@ -133,3 +143,10 @@ EVENT_LOG_READ_BYTES_MAX = 256 * MIB  # parsed at once, newest files first
 # Limits of the report of a run.
 REPORT_RANKS_MAX = 512  # in one timeline; of more ranks, the slowest
 REPORT_ROWS_MAX = 500  # in one table, the newest
+
+# Limits of the transport between agents (docs/reference/agent-transport.md).
+PEER_CHUNK_BYTES_LIMIT = 16 * MIB  # of one message of a transfer, whatever the other side asks for
+PEER_MESSAGE_BYTES_MAX = MIB  # of one control message, as JSON
+PEER_MESSAGE_OVERHEAD_BYTES = 64 * KIB  # of Flight and of ours around a chunk or message
+PEER_HANDSHAKE_BYTES_MAX = 4 * KIB  # from somebody who has not proved anything yet
+PEER_SESSIONS_MAX = 4096  # of one server; then the one not used for longest goes
