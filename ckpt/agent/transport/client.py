@@ -11,10 +11,10 @@ import os
 import secrets
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import pyarrow as pa
@@ -30,7 +30,10 @@ from ckpt.config import PEER_MESSAGE_BYTES_MAX, PEER_MESSAGE_OVERHEAD_BYTES, Opt
 from ckpt.errors import InvalidInputError, PeerError
 from ckpt.kernels import crc32c_combine, pack
 
+Value = TypeVar("Value")
+
 _GRACE_S = 0.5  # gRPC's deadline comes after ours, which says why
+_FRAME_BYTES = 1 << 20  # of HTTP/2; the default of 16 KiB costs a tenth more CPU
 _CHUNKS_PER_STREAM = 2  # in memory of ours at a time: one that arrives, one that is put in place
 
 
@@ -141,7 +144,7 @@ class Peer:
 
     # Sessions
 
-    def _with_session(self, talk: Any, ends_at: float) -> Any:
+    def _with_session(self, talk: Callable[[flight.FlightClient, _Session], Value], ends_at: float) -> Value:
         """`talk(client, session)`, once more with a fresh session when the peer no longer knows ours."""
         if os.getpid() != self._pid:
             raise InvalidInputError("this Peer was made before a fork; gRPC works only in the process that made it")
@@ -203,6 +206,9 @@ class Peer:
                     ("grpc.use_local_subchannel_pool", 1),  # or the wait after a failure is shared by all clients
                     ("grpc.enable_http_proxy", 0),  # a proxy in the environment is not meant for agents
                     ("grpc.max_receive_message_length", self._message_bytes_max()),
+                    ("grpc.http2.bdp_probe", 0),  # or gRPC reads ahead as far as it likes: 240 MiB were seen
+                    ("grpc.http2.lookahead_bytes", _CHUNKS_PER_STREAM * self._options.peer_chunk_bytes),
+                    ("grpc.http2.max_frame_size", _FRAME_BYTES),
                 ],
                 **tls,
             )
@@ -229,7 +235,8 @@ class Peer:
             opened = self._shake(client, wire.PROVE, proof, limit_s, ends_at)
         except PeerError as error:
             if error.kind in ("peer-stalled", "peer-late"):
-                raise PeerError(f"{self.address} did not answer within {limit_s:g} s", kind="peer-unreachable") from error
+                message = f"{self.address} did not answer within {limit_s:g} s"
+                raise PeerError(message, kind="peer-unreachable") from error
             raise
         session_id = transcript.session_id(own.secret)
         if opened.get("session") != session_id.hex():
@@ -248,10 +255,10 @@ class Peer:
         version, server, server_nonce = said.get("version"), said.get("member"), said.get("nonce")
         if not isinstance(server, str) or not isinstance(server_nonce, str) or not wire.is_count(version):
             raise PeerError(f"{self.address} answered no handshake", kind="peer-damaged")
-        if not low <= int(version) <= high:  # type: ignore[call-overload]
+        if not low <= version <= high:
             raise PeerError(f"{self.address} chose version {version}", kind="peer-wrong-version")
         transcript = Transcript(
-            version=int(version),  # type: ignore[call-overload]
+            version=version,
             mode=own.mode,
             run_id=own.run_id,
             client=own.member,
@@ -271,8 +278,11 @@ class Peer:
         """The one result of an action."""
 
         def work(_: Errand[bytes]) -> bytes:
-            results = client.do_action(flight.Action(kind, body), _call_options(ends_at))
-            found = [result.body.to_pybytes() for result in _at_most(results, 2)]
+            try:
+                results = client.do_action(flight.Action(kind, body), _call_options(ends_at))
+                found: list[bytes] = [result.body.to_pybytes() for result in _at_most(results, 2)]
+            except (pa.ArrowException, OSError) as error:
+                raise peer_error(error, self.address, started=False) from error
             if len(found) != 1:
                 raise PeerError(f"{self.address} gave {len(found)} results, expected 1", kind="peer-damaged")
             return found[0]
@@ -296,10 +306,9 @@ class Peer:
             stop.also(errand)
             return self._bounded(errand, progress_s=self._options.peer_progress_s, ends_at=ends_at)
 
-        crc: int = self._with_session(talk, ends_at)
-        return crc
+        return self._with_session(talk, ends_at)
 
-    def _bounded(self, errand: Errand[Any], *, progress_s: float, ends_at: float) -> Any:
+    def _bounded(self, errand: Errand[Value], *, progress_s: float, ends_at: float) -> Value:
         started = time.monotonic()
         try:
             return errand.run(progress_s=progress_s, ends_at=ends_at)
@@ -374,7 +383,8 @@ class _Transfer:
         """Put one chunk in place and check it on the way: (bytes, CRC-32C)."""
         told = wire.read_chunk_head(head)
         source = _bytes_of(batch)
-        if told is None or source is None or told[:2] != (at, len(source)) or not 0 < len(source) <= len(self.target) - at:
+        fits = source is not None and 0 < len(source) <= len(self.target) - at
+        if source is None or told is None or not fits or told[:2] != (at, len(source)):
             raise PeerError(f"{self.address} sent something else than chunk at byte {at}", kind="peer-damaged")
         with errand.writing():
             crc = _copy(source, self.target[at : at + len(source)])

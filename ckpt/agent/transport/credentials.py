@@ -44,7 +44,7 @@ class Credentials:
 
     def __post_init__(self) -> None:
         if not isinstance(self.secret, bytes) or len(self.secret) != SECRET_BYTES:
-            raise InvalidInputError(f"the secret of a run is {SECRET_BYTES} random bytes")  # never shown, not even wrong
+            raise InvalidInputError(f"the secret of a run is {SECRET_BYTES} random bytes")  # and never shown
         for name in ("run_id", "member"):
             if not 0 < len(getattr(self, name)) <= NAME_CHARS_MAX:
                 raise InvalidInputError(f"`{name}` of credentials must be 1 to {NAME_CHARS_MAX} characters")

@@ -41,6 +41,8 @@ class Errand(Generic[Value]):
     def run(self, *, progress_s: float, ends_at: float) -> Value:
         """The value of the work. Raises what it raised, or Overdue when no beat came for `progress_s`, or at `ends_at`."""
         self._beat_at = time.monotonic()
+        if self._over is not None:
+            raise Overdue(self._over)
         self._thread.start()
         try:
             with self._changed:

@@ -137,9 +137,9 @@ class _FlightServer(flight.FlightServerBase):  # type: ignore[misc]
             chunk_bytes, deadline_s = body.get("chunk_bytes"), body.get("deadline_s")
             if not (wire.is_count(start) and wire.is_count(stop) and wire.is_seconds(deadline_s)):
                 raise InvalidInputError("a pull needs `start`, `stop` and `deadline_s`")
-            if not wire.is_count(chunk_bytes) or not 0 < chunk_bytes <= PEER_CHUNK_BYTES_LIMIT:  # type: ignore[operator]
+            if not wire.is_count(chunk_bytes) or not 0 < chunk_bytes <= PEER_CHUNK_BYTES_LIMIT:
                 raise InvalidInputError(f"`chunk_bytes` must be 1 to {PEER_CHUNK_BYTES_LIMIT}, found {chunk_bytes!r}")
-            stream = _Stream(self, session, body, key, time.monotonic() + deadline_s)  # type: ignore[operator]
+            stream = _Stream(self, session, body, key, time.monotonic() + deadline_s)
             return flight.GeneratorStream(SCHEMA, stream)
 
     def do_action(self, context: flight.ServerCallContext, action: flight.Action) -> Iterator[flight.Result]:
@@ -206,9 +206,7 @@ class _Stream:
     A class and not a generator: its place is given back even when Flight drops it before asking for the first batch.
     """
 
-    def __init__(
-        self, server: _FlightServer, session: Session, body: dict[str, Any], key: Key, ends_at: float
-    ) -> None:
+    def __init__(self, server: _FlightServer, session: Session, body: dict[str, Any], key: Key, ends_at: float) -> None:
         self._inside = False
         self._server = server
         self._session = session

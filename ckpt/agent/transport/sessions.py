@@ -164,10 +164,10 @@ def agreed_version(spoken: object) -> int:
 
 
 def _use_number(session: Session, counter: object) -> None:
-    if not wire.is_count(counter) or counter in session.seen or counter <= session.highest - REPLAY_WINDOW:  # type: ignore[operator]
+    if not wire.is_count(counter) or counter in session.seen or counter <= session.highest - REPLAY_WINDOW:
         raise PeerError("a request that came before", kind="peer-replayed")
-    session.seen.add(counter)  # type: ignore[arg-type]
-    session.highest = max(session.highest, counter)  # type: ignore[type-var,assignment]
+    session.seen.add(counter)
+    session.highest = max(session.highest, counter)
     if len(session.seen) > 2 * REPLAY_WINDOW:
         session.seen = {number for number in session.seen if number > session.highest - REPLAY_WINDOW}
 

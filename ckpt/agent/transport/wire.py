@@ -16,7 +16,7 @@ import hmac
 import json
 import struct
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeGuard
 
 from ckpt.config import PEER_MESSAGE_BYTES_MAX
 from ckpt.errors import InvalidInputError, PeerError
@@ -62,7 +62,8 @@ class Key:
                 raise InvalidInputError(f"{self.kind} has no `{name}`, found {value!r}")
 
     def __str__(self) -> str:
-        place = f"rank {self.rank}" if self.kind == "image" else f"group {self.group} stripe {self.stripe} row {self.row}"
+        image, parity = f"rank {self.rank}", f"group {self.group} stripe {self.stripe} row {self.row}"
+        place = image if self.kind == "image" else parity
         return f"{self.kind} of {place}, step {self.step}, attempt {self.attempt}"
 
     def fields(self) -> dict[str, Any]:
@@ -85,12 +86,12 @@ class Key:
         return hashlib.sha256(canonical(self.fields())).hexdigest()
 
 
-def is_count(value: object) -> bool:
+def is_count(value: object) -> TypeGuard[int]:
     """A whole number from 0 on; True and False are none."""
     return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 1 << 63
 
 
-def is_seconds(value: object) -> bool:
+def is_seconds(value: object) -> TypeGuard[float]:
     """A time that is positive and ends."""
     return isinstance(value, int | float) and not isinstance(value, bool) and 0 < value < float("inf")
 
@@ -151,7 +152,14 @@ def read_chunk_head(data: bytes) -> tuple[int, int, int] | None:
 
 def trailer(session_key: bytes, *, counter: int, key: Key, start: int, stop: int, crc: int) -> bytes:
     """What ends a whole transfer: whose bytes they are, how many, and their CRC-32C."""
-    body = {"counter": counter, "key": key.digest(), "start": start, "stop": stop, "nbytes": stop - start, "crc32c": crc}
+    body = {
+        "counter": counter,
+        "key": key.digest(),
+        "start": start,
+        "stop": stop,
+        "nbytes": stop - start,
+        "crc32c": crc,
+    }
     return _TRAILER_MAGIC + seal(session_key, "trailer", body)
 
 
