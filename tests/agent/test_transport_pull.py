@@ -117,7 +117,7 @@ def test_pull_of_memory_freed_meanwhile_has_no_trailer() -> None:
 
 
 def test_call_carries_messages_of_any_content(agent: Agent) -> None:
-    payload = {"text": "ä\0\n\"", "list": [1, -(1 << 70), 0.1, None, True, {}], "deep": {"a": {"b": [[]]}}}
+    payload = {"text": 'ä\0\n"', "list": [1, -(1 << 70), 0.1, None, True, {}], "deep": {"a": {"b": [[]]}}}
     assert agent.peer().call("echo", payload, deadline_s=10) == payload
 
 
