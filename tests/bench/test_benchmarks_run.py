@@ -117,3 +117,10 @@ def test_a_report_is_drawn_as_one_picture(tmp_path: Path) -> None:
     draw({"benchmark": "any", "machine": {}, "results": {"save": row, "load": row}}, tmp_path / "out" / "any.png")
 
     assert (tmp_path / "out" / "any.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_transport_reports_rates_and_cpu_seconds_beside_flight_and_tcp(tmp_path: Path) -> None:
+    found = report("transport", tmp_path)
+
+    assert [set(systems) for systems in found["sizes"].values()] == [{"ckpt", "flight", "tcp"}]
+    assert all(figures["gb_per_s"] > 0 for figures in found["sizes"]["4 MiB"].values())
