@@ -12,9 +12,9 @@ if TYPE_CHECKING:
     from ckpt.api import Checkpointer, async_save, load, open, save
     from ckpt.config import Options
     from ckpt.convert.zarr import zarr_store
+    from ckpt.engine.attempt import Saved
     from ckpt.engine.load import Loaded
     from ckpt.engine.pending import PendingSave
-    from ckpt.engine.save import Saved
     from ckpt.engine.view import Checkpoint, TensorView
     from ckpt.errors import (
         AlreadyExistsError,
@@ -49,7 +49,7 @@ _PLACES = {
     "zarr_store": "ckpt.convert.zarr",
     "PendingSave": "ckpt.engine.pending",
     "Loaded": "ckpt.engine.load",
-    "Saved": "ckpt.engine.save",
+    "Saved": "ckpt.engine.attempt",
     "Checkpoint": "ckpt.engine.view",
     "TensorView": "ckpt.engine.view",
     "AlreadyExistsError": "ckpt.errors",

@@ -18,13 +18,14 @@ from typing import Any
 import torch.distributed as dist
 
 from ckpt import config
+from ckpt.commit.complete import Request
 from ckpt.config import Options
+from ckpt.engine.attempt import Saved
 from ckpt.engine.load import Loaded, Rename
 from ckpt.engine.pending import PendingSave, first_line
 from ckpt.engine.read import Progress
 from ckpt.engine.reader import StoredCheckpoint
 from ckpt.engine.run import LIVE, Run, State, Url
-from ckpt.engine.save import Request, Saved
 from ckpt.engine.view import Checkpoint
 from ckpt.errors import CheckpointError, InvalidInputError, NotFoundError, SaveFailedError
 from ckpt.events import Sink, Timeline

@@ -150,3 +150,11 @@ PEER_MESSAGE_BYTES_MAX = MIB  # of one control message, as JSON
 PEER_MESSAGE_OVERHEAD_BYTES = 64 * KIB  # of Flight and of ours around a chunk or message
 PEER_HANDSHAKE_BYTES_MAX = 4 * KIB  # from somebody who has not proved anything yet
 PEER_SESSIONS_MAX = 4096  # of one server; then the one not used for longest goes
+
+# Limits of `ckpt simulate`.
+SIMULATE_NODES_MAX = 1_000_000
+SIMULATE_FAILURES_MAX = 20_000_000  # of all runs of one policy together; some minutes
+SIMULATE_RUNS_MAX = 100_000
+SIMULATE_GROUP_MAX = 255  # nodes of one group: points of GF(2^8)
+SIMULATE_SIZES_MAX = 64  # clusters in one table
+SIMULATE_FILE_BYTES_MAX = 64 * KIB  # a cluster file

@@ -29,6 +29,7 @@ ORDER = [
     "store",
     "commit",
     "engine",
+    "simulate",
     "agent",
     "merge",
     "convert",
@@ -45,7 +46,19 @@ FUNCTION_LINES_MAX = 60
 LONG_FUNCTIONS: dict[str, str] = {}  # "<module path>:<function>": why it is better long
 
 # Parts that must be usable without torch: pure planning, the format, and readers that run anywhere.
-WITHOUT_TORCH = ["errors", "config", "failpoints", "events", "kernels", "layout", "format", "plan", "store", "commit"]
+WITHOUT_TORCH = [
+    "errors",
+    "config",
+    "failpoints",
+    "events",
+    "kernels",
+    "layout",
+    "format",
+    "plan",
+    "store",
+    "commit",
+    "simulate",
+]
 FORBIDDEN_ANYWHERE = {"pickle", "dill", "cloudpickle", "marshal", "shelve"}  # nothing that runs code from a checkpoint
 
 MODULES = sorted(path.relative_to(PACKAGE).as_posix() for path in PACKAGE.rglob("*.py"))

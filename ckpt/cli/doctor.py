@@ -18,7 +18,7 @@ from ckpt.cli.checks import Check, check_copy, check_crc, check_store
 from ckpt.cli.command import ADDRESS, command, opened_run
 from ckpt.cli.exit_codes import DONE, PARTLY
 from ckpt.cli.printer import Column, Printer
-from ckpt.engine.save import PROGRAM
+from ckpt.commit.complete import PROGRAM
 
 _PACKAGES = ("torch", "numpy", "pyarrow", "fsspec", "s3fs", "safetensors", "zarr", "click", "rich")
 

@@ -23,10 +23,11 @@ from ckpt.cli.printer import Printer, describe
 from ckpt.cli.report import report
 from ckpt.cli.reshard import reshard
 from ckpt.cli.show import show
+from ckpt.cli.simulate import simulate
 from ckpt.cli.tensors import tensors
 from ckpt.cli.unforget import unforget
 from ckpt.cli.verify import verify
-from ckpt.engine.save import PROGRAM
+from ckpt.commit.complete import PROGRAM
 from ckpt.errors import CheckpointError
 
 
@@ -39,7 +40,7 @@ def ckpt() -> None:
     """
 
 
-for _command in (ls, show, tensors, verify, diff, plan, reshard, copy, report, forget, unforget, gc, doctor):
+for _command in (ls, show, tensors, verify, diff, plan, reshard, copy, report, forget, unforget, gc, simulate, doctor):
     ckpt.add_command(_command)
 
 

@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from ckpt.collector import collector_paused
 from ckpt.engine.exchange import read_together
 from ckpt.engine.read import Progress
 from ckpt.engine.reader import StoredCheckpoint, ids_of
@@ -28,7 +29,6 @@ from ckpt.layout.layout import Layout
 from ckpt.layout.pattern import NamePattern, TensorName
 from ckpt.plan.read import subset_pieces
 from ckpt.state import LoadTarget, SavedWorld, StoredObjectRow, target
-from ckpt.state.memory import collector_paused
 
 Rename = Mapping[str, str] | Callable[[str], str] | None
 

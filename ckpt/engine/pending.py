@@ -9,7 +9,7 @@ import concurrent.futures
 from collections.abc import Sequence
 from concurrent.futures import Future
 
-from ckpt.engine.save import Saved
+from ckpt.engine.attempt import Saved
 from ckpt.errors import CheckpointError, SaveFailedError
 from ckpt.events import Phase, Timeline
 from ckpt.snapshot.staging import Staging

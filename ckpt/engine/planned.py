@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from ckpt.collector import collector_paused
 from ckpt.engine.agree import agree, find_disagreements, names_by_hash
 from ckpt.engine.structure import Digests
 from ckpt.engine.world import World
@@ -24,7 +25,6 @@ from ckpt.layout.box import BoxTable, Int64Array
 from ckpt.plan.records import box_keys, make_records, mix
 from ckpt.plan.save import plan_save, rows_of_rank
 from ckpt.snapshot.pack import PackProgram, make_program
-from ckpt.state.memory import collector_paused
 
 
 @dataclass(frozen=True, kw_only=True)

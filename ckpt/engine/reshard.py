@@ -22,10 +22,10 @@ from numpy.typing import NDArray
 import ckpt.commit.publish as publishing
 from ckpt.commit import names
 from ckpt.commit.assemble import Assembled, Assembler
+from ckpt.commit.complete import PROGRAM
 from ckpt.config import Options
 from ckpt.engine.read import Progress, run_reads
 from ckpt.engine.reader import StoredCheckpoint
-from ckpt.engine.save import PROGRAM
 from ckpt.errors import CheckpointError
 from ckpt.format import manifest
 from ckpt.format.checksum import choose_block_bytes

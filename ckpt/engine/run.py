@@ -20,14 +20,17 @@ import numpy as np
 import torch.distributed as dist
 
 from ckpt import config
+from ckpt.collector import collector_paused
 from ckpt.commit import find, retention
+from ckpt.commit.complete import Request
 from ckpt.commit.gc import collect_garbage
 from ckpt.config import Options
+from ckpt.engine.attempt import Attempt, Saved
 from ckpt.engine.load import Loaded, Rename, load_state
 from ckpt.engine.pending import PendingSave, failed_error, first_line
 from ckpt.engine.read import Progress
 from ckpt.engine.reader import StoredCheckpoint
-from ckpt.engine.save import Attempt, Request, Saved, SaveSession
+from ckpt.engine.save import SaveSession
 from ckpt.engine.torch_world import current_world
 from ckpt.engine.worker import Worker
 from ckpt.engine.world import World, raise_together
@@ -37,7 +40,6 @@ from ckpt.format.spec import LocalState
 from ckpt.layout.layout import Layout
 from ckpt.snapshot import fence
 from ckpt.state import Collector
-from ckpt.state.memory import collector_paused
 from ckpt.store.base import Store
 from ckpt.store.open import open_store
 

@@ -8,29 +8,29 @@ the training thread; `finish` may run on another one, for one attempt after the 
 from __future__ import annotations
 
 import contextlib
-import logging
 import threading
 import time
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
-from typing import Any
+from collections.abc import Iterator
 
 import numpy as np
 from numpy.typing import NDArray
 
 import ckpt.commit.publish as publishing
-import ckpt.commit.receipts as receipts_of
 from ckpt import failpoints
+from ckpt.collector import collector_paused
 from ckpt.commit import names
-from ckpt.commit.assemble import Assembler
+from ckpt.commit.complete import Completion, Request
 from ckpt.config import Options
+from ckpt.engine.attempt import Attempt, Saved
 from ckpt.engine.flush import Flusher
-from ckpt.engine.incremental import Earlier, Thinned, Whole
+from ckpt.engine.incremental import Earlier, Whole
+from ckpt.engine.keeper import Keeper
 from ckpt.engine.planned import Planned, Planner
+from ckpt.engine.worker import Worker
 from ckpt.engine.world import World
 from ckpt.errors import AlreadyExistsError, CheckpointError, SaveFailedError
 from ckpt.events import Timeline
-from ckpt.format import manifest, receipt
+from ckpt.format import receipt
 from ckpt.format.checksum import sha256
 from ckpt.format.image import padded_object
 from ckpt.format.spec import LocalState
@@ -39,88 +39,29 @@ from ckpt.snapshot.devices import DeviceCopies
 from ckpt.snapshot.fence import NOTHING, Guarded
 from ckpt.snapshot.images import Images
 from ckpt.snapshot.pack import Packer, PackProgram, Sources, bind
-from ckpt.snapshot.staging import Copier, Staging, changed_error
-from ckpt.state.memory import collector_paused
+from ckpt.snapshot.staging import Staging, changed_error
 from ckpt.store.base import Store
 
-PROGRAM = "ckpt 0.1.0"
 # A fence that held longer than this makes later saves copy before they sum: 18 instead of 10 CPU ms per 100 MB, but sooner.
 _HURRY_S = 0.005
-_log = logging.getLogger("ckpt")
-
-
-@dataclass(frozen=True, kw_only=True)
-class Request:
-    """What goes with the state of one save. Equal on all ranks; rank 0's is stored."""
-
-    step: int
-    metrics: dict[str, float] = field(default_factory=dict)
-    metadata: dict[str, Any] = field(default_factory=dict)
-    layout: dict[str, Any] | None = None
-    incremental: bool = False  # refer to what an earlier checkpoint holds already
-
-
-@dataclass(frozen=True, kw_only=True)
-class Saved:
-    """What one rank's save did."""
-
-    step: int
-    attempt: str
-    nbytes: int  # of this rank's image, as written
-    seconds: dict[str, float]  # by phase (ckpt/events.py)
-    direct: bool = False  # whether the image was written around the page cache
-    structure_changed: bool = False  # on some rank, since the ranks planned together
-
-
-@dataclass(kw_only=True)
-class Attempt:
-    """One save on its way. Owned by one thread at a time: staged by the trainer, then handed to whoever finishes it."""
-
-    request: Request
-    id: str
-    packer: Packer
-    program: PackProgram
-    image_digest: str
-    image: receipt.ImageTable
-    objects: list[receipt.ObjectRow]
-    block_bytes: int
-    layout_digest: str
-    describe: Callable[[], dict[str, Any] | None]
-    changed: bool
-    timeline: Timeline
-    staging: Staging | None = None
-    expected: NDArray[np.uint32] | None = None  # checksums of the state as it was in the call
-    keep_alive: tuple[object, ...] = ()
-    decided: bool = False  # this rank has begun to publish it
-    abandoned: bool = False
-    thinned: Thinned | None = None  # what an incremental save writes instead of the whole image
-
-    @property
-    def written(self) -> PackProgram:
-        """The image as it is in the store."""
-        return self.thinned.program if self.thinned is not None else self.program
-
-    @property
-    def structure(self) -> str:
-        """Equal for attempts of equal image tables."""
-        return self.image_digest + (f"-{self.thinned.key}" if self.thinned is not None else "")
 
 
 class SaveSession:
     """All saves of one rank into one run. Made by all ranks together."""
 
-    def __init__(self, store: Store, world: World, options: Options) -> None:
-        self._store, self._world, self._options = store, world, options
+    def __init__(self, store: Store, world: World, options: Options, keeper: Keeper | None = None) -> None:
+        self._store, self._world, self._options, self._keeper = store, world, options, keeper
         self._planner = Planner(world, options.chunk_bytes)
         self._count = 0
         self._sources: Sources | None = None
         self._images = Images(options.images_max)
+        self._reserved_for = ""  # the session that the keeper has room for
         self._hurry = False  # a fence has held the training
-        self._copier = Copier(options.copy_nice)
+        self._copier = Worker("ckpt-copy", options.copy_nice)
         # Of whoever finishes:
+        self._completion = Completion(store, options, rank=world.rank, world=world.size)
         self._deciding = threading.Lock()
         self._sent: str | None = None  # structure whose image table the committer has
-        self._assembler = Assembler(PROGRAM)
         self._flusher = Flusher(store, options)
         self._earlier = Earlier(store, options)
 
@@ -142,7 +83,11 @@ class SaveSession:
         self._sources = bind(program, local.pieces, local.storage_of_piece, self._sources)
         if background:
             nbytes = program.layout.total_bytes
-            self._images.give_back(self._images.take(nbytes, pinned=_on_device(local), touched=True))
+            if self._keeper is not None:
+                self._keeper.reserve(nbytes, pinned=_on_device(local))
+                self._reserved_for = self._planner.session
+            else:
+                self._images.give_back(self._images.take(nbytes, pinned=_on_device(local), touched=True))
             self._copier.start()
         self._flusher.prepare(0 if background else program.num_chunks)
 
@@ -174,16 +119,18 @@ class SaveSession:
         error: BaseException | None = None,
         timeline: Timeline | None = None,
         guarded: Guarded = NOTHING,
+        *,
+        to_store: bool = True,
     ) -> Attempt:
         """Begin to copy `local` into an image; then `finish`. All ranks call, with less than `images_max` saves on their way.
 
         Args:
             guarded: what fences guard; all else is copied before this returns.
+            to_store: else only into the memory of agents; SaveFailedError (`skipped`) when none of that is free.
         """
-        attempt = self._prepare(local, request, error, timeline or Timeline())
-        with self._telling_others(request.step, attempt.id):
-            pinned = _on_device(local)
-            memory = self._images.take(attempt.program.layout.total_bytes, pinned=pinned)
+        attempt = self._prepare(local, request, error, timeline or Timeline(), to_store=to_store)
+        with self._telling_others(attempt):
+            memory = self._take(attempt, pinned=_on_device(local))
             attempt.staging = Staging(
                 attempt.packer,
                 memory,
@@ -200,14 +147,79 @@ class SaveSession:
                 self._put_back(attempt, problem)
                 raise
             attempt.keep_alive = ()
-            self._copier.submit(attempt.staging)
+            self._copier.submit(attempt.staging.run)
         return attempt
+
+    def _take(self, attempt: Attempt, *, pinned: bool) -> NDArray[np.uint8]:
+        """Memory for the image: the agent's where there is one, and it has some free."""
+        step, nbytes = attempt.request.step, attempt.program.layout.total_bytes
+        if self._keeper is not None and not attempt.request.incremental:
+            memory = self._keeper.begin(step, attempt.id, nbytes)
+            attempt.kept = memory is not None
+            if memory is not None:
+                return memory
+        if not attempt.to_store:
+            raise SaveFailedError(
+                f"step {step} was not kept in memory: the step before is not protected", kind="skipped"
+            )
+        return self._images.take(nbytes, pinned=pinned)
+
+    @contextlib.contextmanager
+    def _telling_others(self, attempt: Attempt) -> Iterator[None]:
+        """As Completion.telling_others; of what is not for the store, the store hears nothing."""
+        with self._completion.telling_others(attempt.request.step, attempt.id) if attempt.to_store else _nothing():
+            yield
 
     def finish(self, attempt: Attempt) -> Saved:
         """Write, leave the receipt and wait for the outcome. No collective call. The steps are those of DESIGN 5.5."""
+        return self._finish_kept(attempt) if attempt.kept else self._finish_here(attempt)
+
+    def _finish_kept(self, attempt: Attempt) -> Saved:
+        """Hand the image over to the agent, which protects and stores it; and hear what became of it."""
+        step, timeline, keeper, options = attempt.request.step, attempt.timeline, self._keeper, self._options
+        assert keeper is not None and attempt.staging is not None
+        memory, nbytes = attempt.staging.memory, attempt.program.layout.total_bytes
+        try:
+            with self._telling_others(attempt):
+                for chunk in range(attempt.program.num_chunks):
+                    attempt.staging.wait_for(chunk)
+                self._refuse_changed(attempt)
+                with timeline.phase("seal", nbytes=nbytes):
+                    payload = receipt.pack(self._receipt(attempt, whole=True))
+                    keeper.seal(
+                        memory,
+                        image_bytes=nbytes,
+                        receipt=payload,
+                        request=attempt.request,
+                        changed=attempt.changed,
+                    )
+                attempt.sealed = True
+                if attempt.to_store:
+                    keeper.flush(memory)
+                    with timeline.phase("write", nbytes=nbytes):
+                        timeout_s = options.commit_timeout_s + options.outcome_grace_s
+                        changed = keeper.stored(step, attempt.id, timeout_s)
+                else:
+                    with timeline.phase("protect", nbytes=nbytes):
+                        changed = keeper.protected(step, attempt.id, options.protect_timeout_s)
+        except BaseException as error:
+            self._put_back(attempt, error)
+            raise
+        self._put_back(attempt, None)
+        timeline.add("total", timeline.start, time.perf_counter(), nbytes=nbytes)
+        return Saved(
+            step=step,
+            attempt=attempt.id,
+            nbytes=nbytes,
+            seconds=timeline.seconds(),
+            structure_changed=changed and attempt.to_store,
+            tier="store" if attempt.to_store else "memory",
+        )
+
+    def _finish_here(self, attempt: Attempt) -> Saved:
         step, timeline = attempt.request.step, attempt.timeline
         try:
-            with self._telling_others(step, attempt.id):
+            with self._completion.telling_others(step, attempt.id):
                 if attempt.request.incremental:
                     self._thin(attempt)
                 nbytes = attempt.written.layout.total_bytes
@@ -217,13 +229,9 @@ class SaveSession:
                 self._refuse_changed(attempt)
                 with collector_paused():
                     payload = receipt.pack(self._receipt(attempt))
-                receipts_of.leave_receipt(
-                    self._store, step, attempt.id, self._world.rank, self._world.size, payload
-                )  # 2.
-                if self._world.rank == 0:
-                    changed = self._commit(attempt)  # 3. index durable, 4. manifest created
-                else:
-                    changed = self._await(attempt)
+                changed = self._completion.complete(  # 2. receipt, 3. index durable, 4. manifest
+                    attempt.request, attempt.id, payload, timeline, lambda: self._decide(attempt)
+                )
         except BaseException as error:
             self._earlier.drop()
             self._sent = None  # the committer may have the table of this attempt by now, and no longer the one before
@@ -244,14 +252,8 @@ class SaveSession:
         )
 
     def published_change(self, attempt: Attempt) -> bool | None:
-        """Whether a structure changed with an attempt that is the checkpoint of its step after all; None when it is not known
-        to be."""
-        key = names.manifest_key(attempt.request.step)
-        try:
-            found = manifest.unpack(self._store.read(key), name=key)
-        except CheckpointError:
-            return None
-        return found.structure_changed if found.attempt == attempt.id else None
+        """As `Completion.published_change`."""
+        return self._completion.published_change(attempt.request.step, attempt.id)
 
     def abandon(self, attempt: Attempt, error: CheckpointError) -> None:
         """Give up an attempt that another thread is finishing: stop its copies and tell the other ranks. Any thread.
@@ -266,7 +268,14 @@ class SaveSession:
         staging = attempt.staging
         if staging is not None:
             staging.give_up(error)
-        self._report(attempt.request.step, attempt.id, error)
+        self._completion.report(attempt.request.step, attempt.id, error)
+
+    def _decide(self, attempt: Attempt) -> None:
+        """From here on the attempt may be published: it cannot be given up any more."""
+        with self._deciding:
+            if attempt.abandoned:
+                raise SaveFailedError(f"step {attempt.request.step} was given up", kind="abandoned")
+            attempt.decided = True
 
     def close(self) -> None:
         """Stop the copying thread and let go of the images. No save is on its way. May be called twice."""
@@ -281,29 +290,56 @@ class SaveSession:
         if staging is not None:
             self._hurry |= staging.fence_s > _HURRY_S
             staging.give_up(error or AssertionError("not all of the image was copied"))
-            self._images.give_back(staging.memory)
+            if attempt.kept and self._keeper is not None:
+                self._keeper.release(staging.memory, sealed=attempt.sealed)
+            else:
+                self._images.give_back(staging.memory)
 
     # planning
 
     @collector_paused()
-    def _prepare(self, local: LocalState, request: Request, error: BaseException | None, timeline: Timeline) -> Attempt:
+    def _prepare(
+        self,
+        local: LocalState,
+        request: Request,
+        error: BaseException | None,
+        timeline: Timeline,
+        *,
+        to_store: bool = True,
+    ) -> Attempt:
         with timeline.phase("plan"):
             session = self._planner.session
             planned, changed = self._planner.plan(local, step=request.step, target=self._store.url, error=error)
             if session != self._planner.session:
                 self._count = 0
+            self._reserve_again(local, planned)
             self._count += 1  # on every rank alike, whatever happens next
             attempt_id = f"{self._planner.session}-{self._count:06d}"  # shared by all ranks without a word
+            if not to_store:
+                if error is not None:
+                    raise error
+                attempt = self._attempt(local, request, planned, changed, attempt_id, timeline)
+                attempt.to_store = False
+                return attempt
             try:
                 publishing.refuse_existing(self._store, request.step)
             except AlreadyExistsError:
                 raise  # every rank sees it, and nothing is to be touched
             except CheckpointError as problem:
                 error = error or problem  # perhaps of this rank's way to the store alone
-            with self._telling_others(request.step, attempt_id):
+            with self._completion.telling_others(request.step, attempt_id):
                 if error is not None:
                     raise error
                 return self._attempt(local, request, planned, changed, attempt_id, timeline)
+
+    def _reserve_again(self, local: LocalState, planned: Planned) -> None:
+        """Other room in the agents' memory, when all ranks have planned anew. All ranks call."""
+        if self._keeper is None or not self._reserved_for or self._reserved_for == self._planner.session:
+            return
+        payloads = [padded_object(obj.payload) for obj in local.objects]
+        program = self._planner.program(local, planned, payloads)
+        self._keeper.reserve(program.layout.total_bytes, pinned=_on_device(local))
+        self._reserved_for = self._planner.session
 
     def _attempt(
         self,
@@ -413,8 +449,8 @@ class SaveSession:
     def _file_name(self) -> str:
         return names.image_name(self._world.rank, self._world.size)
 
-    def _receipt(self, attempt: Attempt) -> receipt.Receipt:
-        thinned, is_new = attempt.thinned, self._sent != attempt.structure
+    def _receipt(self, attempt: Attempt, *, whole: bool = False) -> receipt.Receipt:
+        thinned, is_new = attempt.thinned, whole or self._sent != attempt.structure
         image = thinned.image if thinned is not None else attempt.image
         return receipt.Receipt(
             rank=self._world.rank,
@@ -436,79 +472,10 @@ class SaveSession:
             },
         )
 
-    # the outcome
 
-    def _commit(self, attempt: Attempt) -> bool:
-        """Rank 0: wait for all receipts, write the index, publish. Returns whether a structure changed."""
-        step, request = attempt.request.step, attempt.request
-        with attempt.timeline.phase("receipts"):
-            payloads = receipts_of.collect_receipts(
-                self._store,
-                step,
-                attempt.id,
-                self._world.size,
-                timeout_s=self._options.commit_timeout_s,
-                options=self._options,
-            )
-        with attempt.timeline.phase("commit"):
-            return self._publish(attempt, request, payloads)
-
-    def _publish(self, attempt: Attempt, request: Request, payloads: dict[int, bytes]) -> bool:
-        step = request.step
-        with collector_paused():
-            found = [receipt.unpack(payloads[rank], name=f"rank {rank}") for rank in range(self._world.size)]
-            assembled = self._assembler.assemble(
-                found, metadata=request.metadata, metrics=request.metrics, layout=request.layout
-            )
-        for name, data in assembled.files.items():
-            failpoints.hit("save.before-index")
-            self._store.put(f"{names.attempt_folder(step, attempt.id)}/{name}", data)
-        with self._deciding:
-            if attempt.abandoned:
-                raise SaveFailedError(f"step {step} was given up", kind="abandoned")
-            attempt.decided = True
-        publishing.publish(self._store, step, attempt.id, manifest.pack(assembled.manifest), options=self._options)
-        self._drop_receipts(step, attempt.id)
-        return assembled.manifest.structure_changed
-
-    def _await(self, attempt: Attempt) -> bool:
-        step, options = attempt.request.step, self._options
-        timeout_s = options.commit_timeout_s + options.outcome_grace_s
-        with attempt.timeline.phase("commit"):
-            publishing.await_outcome(self._store, step, attempt.id, timeout_s=timeout_s, options=options)
-        key = names.manifest_key(step)
-        return manifest.unpack(self._store.read(key), name=key).structure_changed
-
-    def _drop_receipts(self, step: int, attempt: str) -> None:
-        """The checkpoint is published; its receipts are only clutter, and gc removes what cannot be removed now."""
-        prefix = names.receipts_prefix(step, attempt)
-        try:
-            self._store.delete([entry.key for entry in self._store.list(prefix)])
-        except CheckpointError as error:
-            _log.warning("receipts of step %d are left in %s: %s", step, self._store.url, error.message)
-
-    def _report(self, step: int, attempt: str, error: BaseException) -> None:
-        """Tell the other ranks. A store that cannot take even that leaves them to their deadline."""
-        if getattr(error, "kind", "") == "outcome-unknown":
-            return  # it may be published: nobody may call it aborted
-        rank, size = self._world.rank, self._world.size
-        try:
-            if rank == 0:
-                reason = error.message if isinstance(error, CheckpointError) else f"{type(error).__name__}: {error}"
-                publishing.abort(self._store, step, attempt, reason)
-            else:
-                receipts_of.leave_failure(self._store, step, attempt, rank, size, error)
-        except CheckpointError as problem:
-            error.add_note(f"the other ranks could not be told: {problem.message}")
-
-    @contextlib.contextmanager
-    def _telling_others(self, step: int, attempt_id: str) -> Iterator[None]:
-        """When the block fails, so does the save: the other ranks are told through the store."""
-        try:
-            yield
-        except Exception as error:
-            self._report(step, attempt_id, error)
-            raise
+@contextlib.contextmanager
+def _nothing() -> Iterator[None]:
+    yield
 
 
 def _on_device(local: LocalState) -> bool:

@@ -8,7 +8,6 @@ by the training thread when a fence holds it, so that it never waits for work th
 from __future__ import annotations
 
 import operator
-import queue
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -21,7 +20,6 @@ from numpy.typing import NDArray
 from ckpt import failpoints
 from ckpt.errors import SaveFailedError
 from ckpt.events import Timeline
-from ckpt.kernels import set_thread_nice
 from ckpt.layout.box import Int64Array
 from ckpt.snapshot import fence
 from ckpt.snapshot.devices import DeviceCopies
@@ -153,15 +151,22 @@ class Staging:
         finally:
             self._let_go(mine)  # an interrupt may come between any two lines
         with self._changed:
-            self._changed.wait_for(lambda: bool((self._state[wanted] == _DONE).all()))
+            if not self._changed.wait_for(lambda: bool((self._state[wanted] == _DONE).all()), _REST_S):
+                self._error = self._error or SaveFailedError(
+                    f"the copying thread has not finished a part of the state within {_REST_S:.0f} s", kind="stalled"
+                )
         stop = time.perf_counter()
         self.fence_s += stop - start
         self._timeline.add("fence", start, stop)
 
     def wait_for(self, chunk: int) -> NDArray[np.uint8]:
-        """The bytes of a chunk, when they are all there and summed. Raises what stopped the copy. The writing thread."""
+        """The bytes of a chunk, when they are all there and summed. Raises what stopped the copy. The writing thread.
+
+        In a hurry, when the whole image is copied: sums and writes would take processors and memory from the copy.
+        """
+        wanted = slice(None) if self._hurry else slice(chunk, chunk + 1)
         with self._changed:
-            self._changed.wait_for(lambda: self._error is not None or bool(self._state[chunk] == _DONE))
+            self._changed.wait_for(lambda: self._error is not None or bool((self._state[wanted] == _DONE).all()))
         if self._error is not None:
             raise self._error
         self._devices.wait_for(chunk)
@@ -259,36 +264,3 @@ def changed_error(found: Sequence[str]) -> SaveFailedError:
             "what changes together with an optimizer belongs into ckpt.attach(optimizer, also=[...])",
         ),
     )
-
-
-class Copier:
-    """The thread that copies, one staging after the other. Owned by one session; `close` may be called twice."""
-
-    def __init__(self, nice: int) -> None:
-        self._nice = nice
-        self._tasks: queue.SimpleQueue[Staging | None] = queue.SimpleQueue()
-        self._thread: threading.Thread | None = None
-
-    def start(self) -> None:
-        """Start the thread, if it does not run."""
-        if self._thread is None:
-            self._thread = threading.Thread(target=self._run, name="ckpt-copy", daemon=True)
-            self._thread.start()
-
-    def submit(self, staging: Staging) -> None:
-        """Copy `staging` after all earlier ones."""
-        self.start()
-        self._tasks.put(staging)
-
-    def close(self) -> None:
-        """Stop the thread when it has done what was submitted."""
-        if self._thread is not None:
-            self._tasks.put(None)
-            self._thread.join()
-            self._thread = None
-
-    def _run(self) -> None:
-        set_thread_nice(self._nice)
-        while (staging := self._tasks.get()) is not None:
-            staging.run()
-            del staging  # nothing of a step is kept until the next one

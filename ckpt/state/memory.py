@@ -8,11 +8,9 @@ is always the tensor itself, so that `device_view` can make a tensor of any of i
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
-import gc
 import operator
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -35,22 +33,6 @@ class HostMemory:
     on_device: NDArray[np.bool_] | None  # [N] pieces whose memory the host cannot read; None: there are none
     keep_alive: tuple[object, ...]  # owners of the memory, one per part
     to_device: Callable[[], None]  # copy staged parts back to where they came from; for load targets
-
-
-@contextlib.contextmanager
-def collector_paused() -> Iterator[None]:
-    """Without Python's cyclic garbage collector, which takes half the time where there are 20,000 tensors to walk.
-
-    For work that makes many objects; around a wait only where the thread that trains waits, too (a load). Threads may be in it
-    at once: the first one in turns the collector on again.
-    """
-    was_on = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if was_on:
-            gc.enable()
 
 
 class SourceMemory:

@@ -13,10 +13,11 @@ from typing import Any
 
 import torch
 
+from ckpt.collector import collector_paused
 from ckpt.format.spec import LocalState, TensorSpec
 from ckpt.layout.layout import Layout
 from ckpt.state.holders import Action, StoredTensors, Wanted
-from ckpt.state.memory import HostMemory, collector_paused, target_memory
+from ckpt.state.memory import HostMemory, target_memory
 from ckpt.state.rows import Rows, SavedWorld, StoredObjectRow
 from ckpt.state.walk import Named, open_state, sorted_parts
 

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch.optim import Optimizer
 
+from ckpt.collector import collector_paused
 from ckpt.errors import InvalidInputError
 from ckpt.format.spec import LocalState, StoredObject, TensorSpec
 from ckpt.layout.layout import Layout
@@ -23,7 +24,7 @@ from ckpt.state.flat import FlatOptimizerHolder, FlatOptimizerState, FlatShard, 
 from ckpt.state.holders import Holder
 from ckpt.state.loader import is_loader
 from ckpt.state.locate import Locator, ParamTable
-from ckpt.state.memory import SourceMemory, collector_paused
+from ckpt.state.memory import SourceMemory
 from ckpt.state.modules import ModuleHolder
 from ckpt.state.optimizers import OptimizerHolder, ParamNames, optimizer_object
 from ckpt.state.per_rank import LoaderHolder, RngHolder

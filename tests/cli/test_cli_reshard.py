@@ -14,10 +14,11 @@ import pytest
 import torch
 
 import ckpt
+from ckpt.commit.complete import Request
 from ckpt.config import Options
 from ckpt.engine.reader import StoredCheckpoint
 from ckpt.engine.reshard import plan_reshard, reshard
-from ckpt.engine.save import Request, SaveSession
+from ckpt.engine.save import SaveSession
 from ckpt.engine.verify import verify
 from ckpt.layout.files import read_layout
 from ckpt.layout.presets import from_degrees

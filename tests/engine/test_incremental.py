@@ -19,12 +19,12 @@ import ckpt
 import ckpt.engine.planned as planned_module
 from ckpt.cli import run as program
 from ckpt.commit import find, names
+from ckpt.commit.complete import Request
 from ckpt.commit.gc import collect_garbage
 from ckpt.commit.retention import forget
 from ckpt.config import Options
 from ckpt.engine.reader import StoredCheckpoint
 from ckpt.engine.reshard import carry_out, plan_copy
-from ckpt.engine.save import Request
 from ckpt.engine.verify import verify, verify_nbytes
 from ckpt.errors import CheckpointError, DamagedError, VersionError
 from ckpt.format import manifest

@@ -168,9 +168,11 @@ def test_a_save_at_every_step_is_the_state_at_the_call(training: str, tmp_path: 
         assert_saved(tmp_path, step, expected)
 
 
-@pytest.mark.usefixtures("slow_copies")
-def test_copies_go_on_while_training_does_and_the_fence_holds_it(tmp_path: Path) -> None:
-    """The delay is real: the call returns before the copies are over, and the next step waits for them."""
+def test_copies_go_on_while_training_does_and_the_fence_holds_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The delay is real: the call returns before the copies are over, and the next step waits for the one that was begun."""
+    monkeypatch.setenv("CKPT_FAILPOINT", "stage.before-chunk:delay=0.3")
     state, train = TRAININGS["foreach"]()
     train()
     with ckpt.Checkpointer(tmp_path, every=1, options=OPTIONS) as checkpointer:

@@ -69,7 +69,8 @@ def die_in_second_save(url: str, mode: str, failpoint_of: dict[int, str]) -> Out
     change_to(state, 2)
     options = OPTIONS  # another run object: ranks exchange again
     if mode == "steady":  # no exchange: the session of step 1 goes on, with deadlines that a test can wait for
-        ckpt.api._run_of(url, None, PATIENT, None)._session._options = OPTIONS
+        session = ckpt.api._run_of(url, None, PATIENT, None)._session
+        session._options = session._completion._options = OPTIONS
         options = PATIENT
     failpoints.reset()
     text = failpoint_of.get(dist.get_rank())

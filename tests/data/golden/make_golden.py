@@ -27,10 +27,11 @@ import numpy as np
 import torch
 
 import ckpt
+from ckpt.commit.complete import Request
 from ckpt.commit.gc import collect_garbage
 from ckpt.commit.retention import forget
 from ckpt.config import Options
-from ckpt.engine.save import Request, SaveSession
+from ckpt.engine.save import SaveSession
 from ckpt.format.objects import TensorRef
 from ckpt.layout.box import boxes_of_flat_range
 from ckpt.state import collect

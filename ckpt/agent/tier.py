@@ -1,0 +1,353 @@
+"""The memory tier as a trainer uses it: its own agent, the group of that, and the way back after a failure.
+
+In: a run's URL, the ranks of the job, `Memory`. Out: shared memory to save into (engine/keeper.py), and the newest snapshot that can
+be had back. `connect`, `reserve` and `restorable` exchange a few bytes between all ranks, when a job starts or its structure changes;
+a save in between asks nobody but the own agent.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import secrets
+import socket
+import time
+from collections import Counter
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ckpt import errors
+from ckpt.agent import blob, discover, protect
+from ckpt.agent.flush import options_for_agent
+from ckpt.agent.groups import Group, Grouping, place
+from ckpt.agent.groups import Member as Placed
+from ckpt.agent.identity import Identity, places, run_id_of
+from ckpt.agent.inventory import Candidate, Inventory, candidates
+from ckpt.agent.local import Client, Described, Mapped, connect
+from ckpt.agent.restore import SnapshotStore
+from ckpt.agent.spawn import start_or_adopt
+from ckpt.agent.transport.client import Peer
+from ckpt.agent.transport.credentials import SECRET_BYTES, Credentials
+from ckpt.commit.complete import Request
+from ckpt.config import AGENT_RECORD_BYTES_MAX, Memory, Options
+from ckpt.engine.world import World, raise_together
+from ckpt.errors import AgentError, CheckpointError, InvalidInputError, PeerError, SaveFailedError
+
+_POLL_S = (0.002, 0.1)  # between two questions to the agent: at first, and at most
+_REST_BYTES = 4 << 20  # room for a receipt beside what the size of the image suggests
+_log = logging.getLogger("ckpt")
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Seat:
+    """One rank, as all ranks know it."""
+
+    host: str
+    domain: str
+    address: str  # to bind to
+    seat: int = 0  # number of the rank among those of its host
+
+
+class Tier:
+    """One rank's way to the memory tier. Owned by the training thread; `keep`, `flush` and waits by whoever finishes saves."""
+
+    def __init__(self, url: str, world: World, memory: Memory, options: Options, storage: Mapping[str, Any] | None) -> None:
+        self._url, self._world, self._memory, self._options = url, world, memory, options
+        self._storage = dict(storage or {})
+        self._run_id = run_id_of(url)
+        self._taken: dict[int, tuple[Described, Mapped]] = {}  # address of the memory -> what it is
+        self._mapped: dict[str, Mapped] = {}
+        self._client: Client | None = None
+        self._secret = b""
+        self._group: Group | None = None
+        self._capacity_bytes = 0
+        self._inventories: list[Inventory] = []
+        self._own_address = ""
+        self._connect()
+
+    # all ranks together
+
+    def _gather(self, body: dict[str, Any]) -> list[dict[str, Any]]:
+        data = np.frombuffer(json.dumps(body).encode(), np.uint8)
+        return [json.loads(answer.tobytes()) for answer in self._world.all_gather(data)]
+
+    def _together(self, work: Callable[[], dict[str, Any]], state: str) -> list[dict[str, Any]]:
+        """What `work` gives on every rank; when it fails on one, all raise."""
+        error: CheckpointError | None = None
+        body: dict[str, Any] = {}
+        try:
+            body = work()
+        except CheckpointError as problem:
+            error = problem
+        raise_together(self._world, error, state)
+        return self._gather(body)
+
+    def _connect(self) -> None:
+        """Find or start this rank's agent, agree on the secret of the run, and learn what all agents hold. All ranks call."""
+        seats = self._together(lambda: self._where(), "no agent was started")
+        counts: Counter[str] = Counter()
+        numbers = []
+        for one in seats:
+            numbers.append(counts[one["host"]])
+            counts[one["host"]] += 1
+        rank = self._world.rank
+        self._seats = [_Seat(**one, seat=number) for one, number in zip(seats, numbers, strict=True)]
+        mine = self._seats[rank]
+        self._identity = Identity(run_id=self._run_id, rank=mine.seat, world=counts[mine.host])
+        known = self._together(self._look, "no agent was started")
+        epoch = 1 + max(int(one["epoch"]) for one in known)
+        self._secret = bytes.fromhex(next((one["secret"] for one in known if one["secret"]), ""))
+        if not self._secret:
+            fresh = self._gather({"secret": secrets.token_hex(SECRET_BYTES) if rank == 0 else ""})
+            self._secret = bytes.fromhex(fresh[0]["secret"])
+        found = self._together(lambda: self._start(epoch, mine), "agents may have been started")
+        self._addresses = [str(one["address"]) for one in found]
+        self._own_address = self._addresses[rank]
+        held = [Inventory.from_fields(fields) for one in found for fields in one["held"]]
+        self._inventories = held
+
+    def _where(self) -> dict[str, Any]:
+        host = os.environ.get("CKPT_NODE") or socket.gethostname()
+        domain = os.environ.get("CKPT_FAILURE_DOMAIN") or host
+        return {"host": host, "domain": domain, "address": self._memory.address or own_address()}
+
+    def _look(self) -> dict[str, Any]:
+        """What an agent of this seat, if one lives, knows already."""
+        try:
+            where = places(self._identity, self._options)
+            client = connect(where.socket, self._identity, self._options, role="observer")
+        except AgentError as error:
+            if error.kind != "no-agent":
+                raise
+            return {"epoch": 0, "secret": None}
+        try:
+            return {"epoch": client.status()["epoch"], "secret": client.call("meet")[0]["secret"]}
+        finally:
+            client.close()
+
+    def _start(self, epoch: int, mine: _Seat) -> dict[str, Any]:
+        self._client = start_or_adopt(self._identity, self._options, epoch=epoch)
+        params = {"secret": self._secret.hex(), "host": mine.address, "port": 0}
+        address = self._client.call("listen", params)[0]["address"]
+        held = [self._client.call("inventory", timeout_s=self._options.inventory_timeout_s)[0]]
+        if mine.seat == 0:
+            held += self._unattached()
+        return {"address": address, "held": held}
+
+    def _unattached(self) -> list[dict[str, Any]]:
+        """What agents of this host hold whose seat nobody takes any more."""
+        out = []
+        num_seats = sum(one.host == self._seats[self._world.rank].host for one in self._seats)
+        for found in discover.agents(self._options, run_id=self._run_id):
+            if found.status is None or found.identity.rank < num_seats:
+                continue
+            try:
+                client = connect(found.places.socket, found.identity, self._options, role="observer")
+                try:
+                    out.append(client.call("inventory", timeout_s=self._options.inventory_timeout_s)[0])
+                finally:
+                    client.close()
+            except CheckpointError as error:
+                _log.warning("agent %s of this host does not tell what it holds: %s", found.places.socket, error.message)
+        return [one for one in out if one["address"]]
+
+    def reserve(self, nbytes: int, *, pinned: bool) -> None:
+        """As Keeper.reserve; puts the ranks into groups. All ranks call."""
+        capacity = nbytes + nbytes // 64 + _REST_BYTES
+        sizes = self._gather({"capacity": capacity})
+        grouping = self._groups()
+        group = grouping.group_of(self._world.rank) if grouping is not None else None
+        members = group.ranks if group is not None else (self._world.rank,)
+        parity = group.num_parity if group is not None else 0
+        largest = max(int(sizes[rank]["capacity"]) for rank in members)
+        room = protect.nbytes_needed(largest, num_members=len(members), parity=parity) if parity else 0
+        addresses = {str(rank): self._addresses[rank] for rank in {*members, 0}}
+        params = {
+            "rank": self._world.rank,
+            "world": self._world.size,
+            "members": list(members),
+            "parity": parity,
+            "addresses": addresses,
+            "parity_bytes": room + AGENT_RECORD_BYTES_MAX if room else 0,
+        }
+
+        def work() -> dict[str, Any]:
+            assert self._client is not None
+            self._mapped = {one.name: one for one in self._client.reserve(capacity)}
+            self._client.call("join", params, timeout_s=self._options.agent_start_timeout_s + room / 50e6)
+            return {}
+
+        self._together(work, "nothing was saved")
+        self._capacity_bytes, self._group = capacity, group
+
+    def _groups(self) -> Grouping | None:
+        """The groups of this job; None for one rank alone, which nobody can protect."""
+        if self._world.size == 1:
+            _log.warning("one rank has no peers: its snapshots survive its own crash, and not that of its node")
+            return None
+        members = [Placed(rank=r, host=s.host, domain=s.domain) for r, s in enumerate(self._seats)]
+        grouping = place(members, group_size=min(self._memory.group_size, self._world.size), parity=self._memory.parity)
+        if self._world.rank == 0:
+            for concern in grouping.concerns:
+                _log.warning("%s", concern.message)
+        return grouping
+
+    # saves (engine/keeper.py)
+
+    def begin(self, step: int, attempt: str, nbytes: int) -> NDArray[np.uint8] | None:
+        """As Keeper.begin."""
+        assert self._client is not None
+        if nbytes + nbytes // 64 + _REST_BYTES > self._capacity_bytes:
+            _log.warning("step %d: an image of %d bytes does not fit into the agent's memory", step, nbytes)
+            return None
+        try:
+            began = self._client.begin(step, attempt)
+        except AgentError as error:
+            if error.kind in ("busy", "agent-gone", "timeout"):
+                _log.warning("step %d is not kept in memory: %s", step, error.message)
+                return None
+            raise
+        mapped = self._mapped[began.name]
+        memory = np.frombuffer(mapped.memory, np.uint8)
+        self._taken[memory.ctypes.data] = began, mapped
+        return memory
+
+    def seal(
+        self, memory: NDArray[np.uint8], *, image_bytes: int, receipt: bytes, request: Request, changed: bool
+    ) -> None:
+        """As Keeper.seal."""
+        assert self._client is not None
+        began, _ = self._taken[memory.ctypes.data]
+        rest = blob.pack_rest(receipt, request)
+        blob_bytes = image_bytes + len(rest)
+        if blob_bytes + AGENT_RECORD_BYTES_MAX > len(memory):
+            raise SaveFailedError(
+                f"the receipt of step {request.step} has {len(rest):,} bytes, more than there is room for", kind="no-room"
+            )
+        memory[image_bytes:blob_bytes] = np.frombuffer(rest, np.uint8)
+        params = {
+            "name": began.name,
+            "generation": began.generation,
+            "image_bytes": image_bytes,
+            "blob_bytes": blob_bytes,
+            "changed": changed,
+        }
+        self._client.call("keep", params)
+
+    def flush(self, memory: NDArray[np.uint8]) -> None:
+        """As Keeper.flush."""
+        assert self._client is not None
+        began, _ = self._taken[memory.ctypes.data]
+        params = {
+            "name": began.name,
+            "generation": began.generation,
+            "url": self._url,
+            "storage_options": self._storage,
+            "options": options_for_agent(self._options),
+        }
+        self._client.call("flush", params)
+
+    def stored(self, step: int, attempt: str, timeout_s: float) -> bool:
+        """As Keeper.stored."""
+        answer = self._poll("stored", step, attempt, ("running",), timeout_s)
+        if answer["state"] == "failed":
+            error = answer["error"]
+            known = getattr(errors, error["class"], SaveFailedError)
+            raise known(error["message"], kind=error["kind"])
+        if answer["state"] != "stored":
+            raise SaveFailedError(f"the agent does not know of step {step}: it was started anew", kind="outcome-unknown")
+        return bool(answer["changed"])
+
+    def protected(self, step: int, attempt: str, timeout_s: float) -> bool:
+        """As Keeper.protected."""
+        answer = self._poll("progress", step, attempt, ("protecting",), timeout_s)
+        if answer["state"] != "protected":
+            raise PeerError(f"step {step} is not protected: {answer['error'] or answer['state']}", kind="peer-failed")
+        return bool(answer["changed"])
+
+    def _poll(self, method: str, step: int, attempt: str, running: tuple[str, ...], timeout_s: float) -> dict[str, Any]:
+        assert self._client is not None
+        ends_at, pause_s = time.monotonic() + timeout_s, _POLL_S[0]
+        while True:
+            answer = self._client.call(method, {"step": step, "attempt": attempt})[0]
+            if answer["state"] not in running:
+                return answer
+            if time.monotonic() > ends_at:
+                raise SaveFailedError(f"step {step} is not over after {timeout_s:.0f} s", kind="timeout")
+            time.sleep(pause_s)
+            pause_s = min(1.5 * pause_s, _POLL_S[1])
+
+    def release(self, memory: NDArray[np.uint8], *, sealed: bool) -> None:
+        """As Keeper.release."""
+        began, _ = self._taken.pop(memory.ctypes.data)
+        if not sealed and self._client is not None:
+            try:
+                self._client.abandon(began)
+            except CheckpointError as error:
+                _log.warning("the agent did not hear that step %d was given up: %s", began.step, error.message)
+
+    def close(self, *, over: bool) -> None:
+        """As Keeper.close."""
+        client, self._client = self._client, None
+        if client is None:
+            return
+        try:
+            if over:
+                client.bye()
+            else:
+                client.close()
+        except CheckpointError as error:
+            _log.warning("the agent did not take its leave: %s", error.message)
+
+    # the way back
+
+    def candidates(self) -> list[Candidate]:
+        """What the agents held when this job began, the newest step first. Equal on all ranks."""
+        return candidates(self._inventories)
+
+    def open(self, candidate: Candidate) -> SnapshotStore:
+        """A recoverable snapshot as a store, to read it from. All ranks call."""
+        credentials = Credentials(
+            run_id=self._run_id.hex, secret=self._secret, member=f"trainer-{os.getpid()}-{self._world.rank}"
+        )
+        peers: dict[str, Peer] = {}
+        local: dict[str, Mapped] = {}
+        if self._client is not None:
+            mapped = {one.name: one for one in self._client.attach()}
+            for described in self._client.segments():
+                if (described.step, described.attempt) == (candidate.step, candidate.attempt):
+                    local[self._own_address] = mapped[described.name]
+
+        def peer(address: str) -> Peer:
+            if address not in peers:
+                peers[address] = Peer(address, credentials, self._options)
+            return peers[address]
+
+        return SnapshotStore.open_together(
+            candidate,
+            run_id=self._run_id.hex,
+            peer=peer,
+            local=local,
+            world=self._world,
+            options=self._options,
+        )
+
+
+def own_address() -> str:
+    """The address of the interface that leads to the job's master, 127.0.0.1 where there is no job."""
+    master = os.environ.get("MASTER_ADDR")
+    if not master:
+        return "127.0.0.1"
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+        try:
+            probe.connect((master, int(os.environ.get("MASTER_PORT", "1"))))
+            return str(probe.getsockname()[0])
+        except OSError as error:
+            raise InvalidInputError(
+                f"no way to {master}: {error.strerror}", kind="no-address", hints=("name an address: Memory(address=...)",)
+            ) from error

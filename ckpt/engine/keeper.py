@@ -1,0 +1,48 @@
+"""What keeps images in memory that outlives this process: the agent of this rank, as saving sees it.
+
+In: sizes, images with their receipts. Out: shared memory to stage images in, and what became of them. `agent/tier.py` has the real
+one; a run without agents has none. Never waits without a deadline.
+"""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ckpt.commit.complete import Request
+
+
+class Keeper(Protocol):
+    """One rank's keeper. `reserve` and `begin` on the training thread, all else on whoever finishes saves."""
+
+    def reserve(self, nbytes: int, *, pinned: bool) -> None:
+        """Room for two images of so many bytes and their receipts, touched. All ranks call, when they have planned together.
+
+        Raises:
+            BudgetError: there is no memory for that, on this rank; the others raise RankFailedError.
+        """
+
+    def begin(self, step: int, attempt: str, nbytes: int) -> NDArray[np.uint8] | None:
+        """Shared memory to stage the image of a step in. None while none is free: the newest protected image stays."""
+
+    def seal(
+        self, memory: NDArray[np.uint8], *, image_bytes: int, receipt: bytes, request: Request, changed: bool
+    ) -> None:
+        """The image is complete: protect it with the group. The memory is no longer this process's to write."""
+
+    def flush(self, memory: NDArray[np.uint8]) -> None:
+        """Store the sealed image as its part of a checkpoint; the agent does so also when this process is gone."""
+
+    def stored(self, step: int, attempt: str, timeout_s: float) -> bool:
+        """Wait until the checkpoint is published. Whether a structure changed. Raises what stopped it."""
+
+    def protected(self, step: int, attempt: str, timeout_s: float) -> bool:
+        """Wait until as many members as the groups may lose can be lost. Whether a structure changed. PeerError when that failed."""
+
+    def release(self, memory: NDArray[np.uint8], *, sealed: bool) -> None:
+        """This process is done with the memory; what was not sealed will not be completed."""
+
+    def close(self, *, over: bool) -> None:
+        """Let go of the agent; end it when the job is over. May be called twice."""
