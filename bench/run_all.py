@@ -16,7 +16,18 @@ from pathlib import Path
 from bench import options
 from bench.machine import facts
 
-BENCHMARKS = ("planning", "reshard_bytes", "small", "gpt", "training", "first", "host_memory", "s3", "erasure")
+BENCHMARKS = (
+    "planning",
+    "reshard_bytes",
+    "small",
+    "gpt",
+    "training",
+    "first",
+    "host_memory",
+    "s3",
+    "erasure",
+    "transport",
+)
 TIMEOUT_S = 2 * 3600.0
 
 

@@ -69,11 +69,10 @@ class Options:
     gc_grace_s: float = 3600.0  # unpublished attempts younger than this are kept by gc
     direct_io: bool = True  # read and write images around the page cache where the file system can
     events: bool = True  # log the phases of every save and load beside the run
-    # erasure coding
+    # Erasure coding.
     code_tile_bytes: int = (
         512 * KIB
     )  # of all blocks together that are coded and summed in one go, in the second-level cache
-
     # The agent process and its memory.
     agent_memory_folder: str = "/dev/shm"  # a tmpfs, where agents keep snapshots
     agent_runtime_folder: str = (
@@ -90,6 +89,18 @@ class Options:
     agent_stop_grace_s: float = 30.0  # an agent that is told to stop has so long to finish what it does
     agent_nice: int = 10  # priority of an agent, 0 (as training) to 19
     agent_cpus: str = ""  # processors that an agent may use, such as 0-3,8; empty: those of whoever starts it
+    # Transport between agents.
+    peer_connect_s: float = 5.0  # an agent reaches another and both have proved themselves within this
+    peer_progress_s: float = 30.0  # a transfer that brings no chunk for so long is given up
+    peer_chunk_bytes: int = 4 * MIB  # one message of a transfer, at most 16 MiB
+    peer_pull_bytes_max: int = 64 * MIB  # chunks that one call for many ranges has in flight
+    peer_streams_each_max: int = 8  # transfers that an agent serves to one peer at a time
+    peer_streams_max: int = 32  # to all peers together
+    peer_session_s: float = 3600.0  # a session that was not used for so long is forgotten
+    # The memory tier.
+    protect_timeout_s: float = 60.0  # from the seal of a snapshot until all ranks have protected theirs
+    pull_timeout_s: float = 60.0  # one range that a load asks of an agent
+    inventory_timeout_s: float = 120.0  # an agent looks at every byte that it holds
 
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):
@@ -108,6 +119,8 @@ class Options:
             raise InvalidInputError(f"option `exchange` must be auto, always or never, found {self.exchange!r}")
         if self.when_busy not in ("wait", "skip", "fail"):
             raise InvalidInputError(f"option `when_busy` must be wait, skip or fail, found {self.when_busy!r}")
+        if self.peer_chunk_bytes > PEER_CHUNK_BYTES_LIMIT:
+            raise InvalidInputError(f"option `peer_chunk_bytes` must be at most 16 MiB, found {self.peer_chunk_bytes}")
         if self.images_max > 2:
             raise InvalidInputError(f"option `images_max` must be 1 or 2, found {self.images_max}")
 
@@ -187,6 +200,13 @@ EVENT_LOG_READ_BYTES_MAX = 256 * MIB  # parsed at once, newest files first
 REPORT_RANKS_MAX = 512  # in one timeline; of more ranks, the slowest
 REPORT_ROWS_MAX = 500  # in one table, the newest
 
+# Limits of the transport between agents (docs/reference/agent-transport.md).
+PEER_CHUNK_BYTES_LIMIT = 16 * MIB  # of one message of a transfer, whatever the other side asks for
+PEER_MESSAGE_BYTES_MAX = MIB  # of one control message, as JSON
+PEER_MESSAGE_OVERHEAD_BYTES = 64 * KIB  # of Flight and of ours around a chunk or message
+PEER_HANDSHAKE_BYTES_MAX = 4 * KIB  # from somebody who has not proved anything yet
+PEER_SESSIONS_MAX = 4096  # of one server; then the one not used for longest goes
+
 # Limits of `ckpt simulate`.
 SIMULATE_NODES_MAX = 1_000_000
 SIMULATE_FAILURES_MAX = 20_000_000  # of all runs of one policy together; some minutes
@@ -199,6 +219,7 @@ TOPOLOGY_BYTES_MAX = 16 * MIB  # of a topology file: 100,000 hosts with long nam
 # Limits of agents (docs/reference/agent.md).
 AGENT_ATTEMPT_BYTES_MAX = 64  # of an attempt id in the header of a segment
 AGENT_MESSAGE_FDS_MAX = 16  # descriptors that one message passes
+AGENT_RECORD_BYTES_MAX = 256 * KIB  # of the record at the end of a segment: the cards of a group
 AGENT_SEGMENTS_MAX = 16  # of one agent; `AGENT_MESSAGE_FDS_MAX` of them fit into one answer
 AGENT_LOG_PART_BYTES = MIB  # one file of an agent's log; there are two
 AGENT_LOG_KEEP_S = 7 * 86400.0  # logs of agents that are gone are removed after that

@@ -10,6 +10,7 @@ In: nothing. Out: exception classes with a stable `kind` and a command-line exit
       DamagedError                     stored bytes are not what was written
       VersionError                     written by a newer program
       StoreError (OSError)             the store refused or could not be reached
+      PeerError                        another agent could not be reached, refused, or sent something wrong
       RankFailedError                  other ranks failed, disagree or are missing
       SaveFailedError                  a background save failed earlier
       AgentError                       the agent of a rank refused, went away or could not be reached
@@ -99,6 +100,25 @@ class VersionError(CheckpointError):
 
     kind = "newer-format"
     exit_code = 15
+
+
+class PeerError(CheckpointError):
+    """Another agent could not be reached, refused, or sent something wrong; memory that was to be filled is void.
+
+    Kinds: `peer-unreachable`, `peer-stalled`, `peer-late`, `peer-truncated`, `peer-damaged`, `peer-busy`, `peer-refused`,
+    `peer-untrusted`, `peer-wrong-version`, `peer-not-held`, `peer-failed`, `peer-replayed`, `peer-no-session`,
+    `peer-stopped`; and kinds of the peer's own errors.
+    """
+
+    kind = "peer"
+
+    @property
+    def retryable(self) -> bool:
+        """Whether the same call may work a little later."""
+        return self.kind in _RETRYABLE
+
+
+_RETRYABLE = frozenset(("peer-unreachable", "peer-stalled", "peer-late", "peer-truncated", "peer-damaged", "peer-busy"))
 
 
 class RankFailedError(CheckpointError):

@@ -112,6 +112,4 @@ def key_of(stripes: Stripes, part: Block, *, run_id: str, step: int, attempt: st
     if not part.parity:
         return Key(run_id=run_id, step=step, attempt=attempt, kind="image", rank=members[part.member])
     row = (part.member - part.stripe) % stripes.num_members
-    return Key(
-        run_id=run_id, step=step, attempt=attempt, kind="parity", group=members[0], stripe=part.stripe, row=row
-    )
+    return Key(run_id=run_id, step=step, attempt=attempt, kind="parity", group=members[0], stripe=part.stripe, row=row)

@@ -213,7 +213,9 @@ def _candidate(
         if any(card.members != members or card.parity != cards[rank].parity for card in of_group):
             continue
         # Parity counts only if it was made of the very blobs whose cards these are.
-        made = {place: parities[m] for place, m in enumerate(members) if m in parities and parities[m][1].cards == of_group}
+        made = {
+            place: parities[m] for place, m in enumerate(members) if m in parities and parities[m][1].cards == of_group
+        }
         groups.append(
             Group(
                 cards=of_group,

@@ -107,9 +107,7 @@ def make_parity(
                     left_s = max(ends_at - time.monotonic(), 0.001)
                     target = memoryview(filled[-1])
                     pull = peers[card.rank].pull
-                    waiting.append(
-                        lanes.submit(pull, key, source.start, source.stop, into=target, deadline_s=left_s)
-                    )
+                    waiting.append(lanes.submit(pull, key, source.start, source.stop, into=target, deadline_s=left_s))
             return step, filled, waiting
 
         def finish(begun: tuple[Step, list[np.ndarray], list[object]]) -> None:

@@ -56,7 +56,9 @@ class _Seat:
 class Tier:
     """One rank's way to the memory tier. Owned by the training thread; `keep`, `flush` and waits by whoever finishes saves."""
 
-    def __init__(self, url: str, world: World, memory: Memory, options: Options, storage: Mapping[str, Any] | None) -> None:
+    def __init__(
+        self, url: str, world: World, memory: Memory, options: Options, storage: Mapping[str, Any] | None
+    ) -> None:
         self._url, self._world, self._memory, self._options = url, world, memory, options
         self._storage = dict(storage or {})
         self._run_id = run_id_of(url)
@@ -153,7 +155,9 @@ class Tier:
                 finally:
                     client.close()
             except CheckpointError as error:
-                _log.warning("agent %s of this host does not tell what it holds: %s", found.places.socket, error.message)
+                _log.warning(
+                    "agent %s of this host does not tell what it holds: %s", found.places.socket, error.message
+                )
         return [one for one in out if one["address"]]
 
     def reserve(self, nbytes: int, *, pinned: bool) -> None:
@@ -227,7 +231,8 @@ class Tier:
         blob_bytes = image_bytes + len(rest)
         if blob_bytes + AGENT_RECORD_BYTES_MAX > len(memory):
             raise SaveFailedError(
-                f"the receipt of step {request.step} has {len(rest):,} bytes, more than there is room for", kind="no-room"
+                f"the receipt of step {request.step} has {len(rest):,} bytes, more than there is room for",
+                kind="no-room",
             )
         memory[image_bytes:blob_bytes] = np.frombuffer(rest, np.uint8)
         params = {
@@ -260,7 +265,9 @@ class Tier:
             known = getattr(errors, error["class"], SaveFailedError)
             raise known(error["message"], kind=error["kind"])
         if answer["state"] != "stored":
-            raise SaveFailedError(f"the agent does not know of step {step}: it was started anew", kind="outcome-unknown")
+            raise SaveFailedError(
+                f"the agent does not know of step {step}: it was started anew", kind="outcome-unknown"
+            )
         return bool(answer["changed"])
 
     def protected(self, step: int, attempt: str, timeout_s: float) -> bool:
@@ -349,5 +356,7 @@ def own_address() -> str:
             return str(probe.getsockname()[0])
         except OSError as error:
             raise InvalidInputError(
-                f"no way to {master}: {error.strerror}", kind="no-address", hints=("name an address: Memory(address=...)",)
+                f"no way to {master}: {error.strerror}",
+                kind="no-address",
+                hints=("name an address: Memory(address=...)",),
             ) from error

@@ -41,7 +41,23 @@ def ckpt() -> None:
     """
 
 
-for _command in (ls, show, tensors, verify, diff, plan, reshard, copy, report, forget, unforget, gc, simulate, agent, doctor):
+for _command in (
+    ls,
+    show,
+    tensors,
+    verify,
+    diff,
+    plan,
+    reshard,
+    copy,
+    report,
+    forget,
+    unforget,
+    gc,
+    simulate,
+    agent,
+    doctor,
+):
     ckpt.add_command(_command)
 
 

@@ -85,7 +85,9 @@ def restore(
             if candidate.step < stored_step:
                 break
             if not candidate.recoverable:
-                passed_over.append(f"step {candidate.step} in memory: of ranks {list(candidate.lost)} too little is left")
+                passed_over.append(
+                    f"step {candidate.step} in memory: of ranks {list(candidate.lost)} too little is left"
+                )
                 continue
             error: CheckpointError | None = None
             try:
@@ -95,7 +97,9 @@ def restore(
             except CheckpointError as problem:
                 error = problem
             if not _all_well(run, error):
-                passed_over.append(f"step {candidate.step} in memory: {first_line(error) if error else 'other ranks failed'}")
+                passed_over.append(
+                    f"step {candidate.step} in memory: {first_line(error) if error else 'other ranks failed'}"
+                )
                 continue
             tier.chosen(candidate)
             done = Restored(

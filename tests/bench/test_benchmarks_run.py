@@ -126,3 +126,10 @@ def test_erasure_reports_the_share_of_the_raw_rate(tmp_path: Path) -> None:
     assert len(made["results"]) == 8
     for rows in made["results"].values():
         assert rows["ours"]["of_raw"] > 0 and rows["ISA-L, same tile"]["of_raw"] == 1
+
+
+def test_transport_reports_rates_and_cpu_seconds_beside_flight_and_tcp(tmp_path: Path) -> None:
+    found = report("transport", tmp_path)
+
+    assert [set(systems) for systems in found["sizes"].values()] == [{"ckpt", "flight", "tcp"}]
+    assert all(figures["gb_per_s"] > 0 for figures in found["sizes"]["4 MiB"].values())
