@@ -37,6 +37,7 @@ def _run(given: argparse.Namespace) -> int:
 
     from ckpt.agent import process
     from ckpt.agent.identity import Identity
+    from ckpt.agent.member import Member
     from ckpt.config import Options
     from ckpt.errors import CheckpointError
 
@@ -50,7 +51,7 @@ def _run(given: argparse.Namespace) -> int:
         identity = Identity(run_id=uuid.UUID(hex=given.run_id), rank=given.rank, world=given.world)
         options = Options(**json.loads(given.options))
         _say(given, sys.stderr, f"agent {identity.label} of run {identity.run_id} starts, pid {os.getpid()}")
-        reason = process.run(identity, options, on_ready=lambda: tell({"pid": os.getpid()}))
+        reason = process.run(identity, options, plugins=[Member()], on_ready=lambda: tell({"pid": os.getpid()}))
         _say(given, sys.stderr, f"ended: {reason}")
         _say(given, sys.stdout, document={"action": "run", "reason": reason})
         return 0

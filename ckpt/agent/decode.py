@@ -1,8 +1,8 @@
 """Ranges of blobs, from wherever they are left: of the agent that holds them, or decoded from those of its group.
 
-In: a candidate, and how to pull from an agent. Out: bytes in the caller's memory, or an error; then that memory is void. Pulls are
-verified against what their holder has, holders verify what they have when they tell their inventory, and readers verify blocks
-against the index: a decoder itself finds nothing. Any thread.
+In: a candidate, and how to pull from an agent. Out: bytes in the caller's memory, or an error; then that memory is void. Pulls
+are verified against what their holder has, holders verify what they have when they tell their inventory, and readers verify
+blocks against the index: a decoder itself finds nothing. Any thread.
 """
 
 from __future__ import annotations

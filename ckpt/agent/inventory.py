@@ -1,9 +1,11 @@
 """What agents hold of which step, and which step can be had back from it. Pure: records in, a choice out; all ranks choose alike.
 
-In: the inventories of all agents that could be reached. Out: candidates, newest first, each with the place of every rank's blob: held
-as it is, to be decoded from its group, or lost. Never mixes two attempts; never asks whether bytes are right (who holds them did).
+In: the inventories of all agents that could be reached. Out: candidates, newest first, each with the place of every rank's blob:
+held as it is, to be decoded from its group, or lost. Never mixes two attempts; never asks whether bytes are right (who holds them
+did).
 
-A *blob* is what one rank protects of a step: its image and then its receipt, so that the index can be made again from what is left.
+A *blob* is what one rank protects of a step: its image and then its receipt, so that the index can be made again from what is
+left.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """What an agent does with its group: seal, protect by parity, vote, serve, and tell what it holds.
 
-In: requests of its trainer (local socket) and of peers (transport). Out: snapshots that any `parity` members of the group may be lost
-of. One thread protects, one snapshot after the other. A snapshot counts once the agent of rank 0 has the votes of all ranks; the one
-before is kept until then. Never pushes a byte to a peer, never calls the trainer.
+In: requests of its trainer (local socket) and of peers (transport). Out: snapshots that any `parity` members of the group may be
+lost of. One thread protects, one snapshot after the other. A snapshot counts once the agent of rank 0 has the votes of all ranks;
+the one before is kept until then. Never pushes a byte to a peer, never calls the trainer.
 """
 
 from __future__ import annotations
@@ -87,6 +87,7 @@ class Member:
             "begin": self._begin,
             "keep": self._keep,
             "progress": self._tell_progress,
+            "choose": self._choose,
             "inventory": lambda call: self.inventory().fields(),
             "flush": self._flush.begin,
             "stored": self._flush.stored,
@@ -208,6 +209,20 @@ class Member:
                     self._progress.popitem(last=False)
             self._agent.slots.seal(name, generation, total, crc)
         self._thread.submit(self._protect, name, generation, card)
+        return {}
+
+    def _choose(self, call: Call) -> dict[str, Any]:
+        """The job goes on from this snapshot: others were given up, and must not stand in the way of new ones."""
+        of = call.integer("step"), call.text("attempt")
+        for slots in (self._agent.slots, self._parity):
+            for header in slots.headers():
+                if header.is_complete and (header.step, header.attempt) != of:
+                    name = next(one.name for one in slots.all() if one.header.generation == header.generation)
+                    slots.discard(name, header.generation)
+                elif header.state is State.SEALED:
+                    name = next(one.name for one in slots.all() if one.header.generation == header.generation)
+                    slots.protect(name, header.generation)
+        self._agent.log.tell("chosen", step=of[0], attempt=of[1])
         return {}
 
     def _tell_progress(self, call: Call) -> dict[str, Any]:

@@ -1,7 +1,8 @@
 """Make the parity that one member holds, out of the blobs of its group.
 
-In: a card, the group's peers, memory for the parity. Out: parity in that memory and the cards that it is of. Pulls; nobody pushes. A
-peer that has not sealed the step yet is asked again until the deadline. Never looks at bytes that were not verified on arrival.
+In: a card, the group's peers, memory for the parity. Out: parity in that memory and the cards that it is of. Pulls; nobody
+pushes. A peer that has not sealed the step yet is asked again until the deadline. Never looks at bytes that were not verified on
+arrival.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """A snapshot in the memory of agents, as a store: the same keys, the same bytes, the same checks as on disk. Read-only.
 
-In: a recoverable candidate, and ways to its agents. Out: a `Store` that any load, reshard or copy reads from. Its index is made again
-from the receipts that lie behind the images. Blobs of lost members are decoded as they are read, so that a job of fewer ranks needs
-no room for them. Damage that shows only now is found by the reader, as on any store.
+In: a recoverable candidate, and ways to its agents. Out: a `Store` that any load, reshard or copy reads from. Its index is made
+again from the receipts that lie behind the images. Blobs of lost members are decoded as they are read, so that a job of fewer
+ranks needs no room for them. Damage that shows only now is found by the reader, as on any store.
 """
 
 from __future__ import annotations

@@ -8,6 +8,7 @@ what a living process or another user holds. Sizes are looked at before every ma
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import errno
 import fcntl
@@ -113,6 +114,11 @@ class Segment:
             with image.toreadonly() as view:
                 yield view
 
+    def payload(self) -> memoryview:
+        """All bytes behind the header, writable, in the shared pages themselves. They stay mapped while the view lives."""
+        _check_size(self._fd, self.path, self._header.capacity_bytes)
+        return memoryview(self._map)[HEADER_BYTES:]
+
     @property
     def is_whole(self) -> bool:
         """Whether there is an image and its checksum is right."""
@@ -134,7 +140,8 @@ class Segment:
     def close(self) -> None:
         """Let go of it and leave the file to the next agent. May be called twice."""
         if self._fd >= 0:
-            self._map.close()
+            with contextlib.suppress(BufferError):  # a stream to a peer still looks at it; the pages go with that
+                self._map.close()
             os.close(self._fd)
             self._fd = -1
 

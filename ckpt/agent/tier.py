@@ -1,8 +1,8 @@
 """The memory tier as a trainer uses it: its own agent, the group of that, and the way back after a failure.
 
-In: a run's URL, the ranks of the job, `Memory`. Out: shared memory to save into (engine/keeper.py), and the newest snapshot that can
-be had back. `connect`, `reserve` and `restorable` exchange a few bytes between all ranks, when a job starts or its structure changes;
-a save in between asks nobody but the own agent.
+In: a run's URL, the ranks of the job, `Memory`. Out: shared memory to save into (engine/keeper.py), and the newest snapshot that
+can be had back. `connect`, `reserve` and `restorable` exchange a few bytes between all ranks, when a job starts or its structure
+changes; a save in between asks nobody but the own agent.
 """
 
 from __future__ import annotations
@@ -316,6 +316,11 @@ class Tier:
     def candidates(self) -> list[Candidate]:
         """What the agents held when this job began, the newest step first. Equal on all ranks."""
         return candidates(self._inventories)
+
+    def chosen(self, candidate: Candidate | None) -> None:
+        """As MemoryTier.chosen: of what this rank's agent holds, newer snapshots than the chosen one are dropped."""
+        if self._client is not None and candidate is not None:
+            self._client.call("choose", {"step": candidate.step, "attempt": candidate.attempt})
 
     def open(self, candidate: Candidate) -> SnapshotStore:
         """A recoverable snapshot as a store, to read it from. All ranks call."""

@@ -1,7 +1,7 @@
 """What keeps images in memory that outlives this process: the agent of this rank, as saving sees it.
 
-In: sizes, images with their receipts. Out: shared memory to stage images in, and what became of them. `agent/tier.py` has the real
-one; a run without agents has none. Never waits without a deadline.
+In: sizes, images with their receipts. Out: shared memory to stage images in, and what became of them. `agent/tier.py` has the
+real one; a run without agents has none. Never waits without a deadline.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ class Keeper(Protocol):
         """Wait until the checkpoint is published. Whether a structure changed. Raises what stopped it."""
 
     def protected(self, step: int, attempt: str, timeout_s: float) -> bool:
-        """Wait until as many members as the groups may lose can be lost. Whether a structure changed. PeerError when that failed."""
+        """Wait until each group may lose members. Whether a structure changed. PeerError when that failed."""
 
     def release(self, memory: NDArray[np.uint8], *, sealed: bool) -> None:
         """This process is done with the memory; what was not sealed will not be completed."""

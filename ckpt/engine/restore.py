@@ -1,7 +1,7 @@
 """Choose where a job comes back from: the nearest tier that has the newest step whole.
 
-In: a run, and the snapshots that agents hold. Out: a filled state, and what was done. Damage in one tier falls through to the next
-one, and is told. All ranks choose alike, from what they gathered when the job began.
+In: a run, and the snapshots that agents hold. Out: a filled state, and what was done. Damage in one tier falls through to the
+next one, and is told. All ranks choose alike, from what they gathered when the job began.
 """
 
 from __future__ import annotations
