@@ -325,8 +325,9 @@ def _remove_old_logs(options: Options) -> None:
     for runtime in runtime_folders(options):
         for folder in private_folders(runtime):
             with contextlib.suppress(OSError):
-                for path in folder.glob("*.log*"):
-                    if time.time() - path.lstat().st_mtime > AGENT_LOG_KEEP_S:
-                        path.unlink()
-                        path.with_suffix(".err").unlink(missing_ok=True)
-                folder.rmdir()  # stays while anything lies in it
+                old = [p for p in folder.glob("*.log*") if time.time() - p.lstat().st_mtime > AGENT_LOG_KEEP_S]
+                for path in old:
+                    path.unlink()
+                    path.with_suffix(".err").unlink(missing_ok=True)
+                if old:  # one without logs may just be made
+                    folder.rmdir()  # stays while anything lies in it
