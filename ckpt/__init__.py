@@ -17,7 +17,9 @@ if TYPE_CHECKING:
     from ckpt.engine.pending import PendingSave
     from ckpt.engine.view import Checkpoint, TensorView
     from ckpt.errors import (
+        AgentError,
         AlreadyExistsError,
+        BudgetError,
         CheckpointError,
         DamagedError,
         InvalidInputError,
@@ -52,7 +54,9 @@ _PLACES = {
     "Saved": "ckpt.engine.attempt",
     "Checkpoint": "ckpt.engine.view",
     "TensorView": "ckpt.engine.view",
+    "AgentError": "ckpt.errors",
     "AlreadyExistsError": "ckpt.errors",
+    "BudgetError": "ckpt.errors",
     "CheckpointError": "ckpt.errors",
     "DamagedError": "ckpt.errors",
     "InvalidInputError": "ckpt.errors",
@@ -78,9 +82,11 @@ _PLACES = {
 }
 
 __all__ = [
+    "AgentError",
     "AlreadyExistsError",
     "Attached",
     "Box",
+    "BudgetError",
     "Checkpoint",
     "CheckpointError",
     "Checkpointer",

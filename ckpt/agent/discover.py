@@ -15,14 +15,13 @@ from typing import Any
 
 import psutil
 
-from ckpt.agent.identity import Identity, Places, check_private, runtime_folders
+from ckpt.agent.identity import Identity, Places, private_folders, runtime_folders
 from ckpt.agent.local import connect
 from ckpt.agent.owner import Owner
 from ckpt.config import Options
 from ckpt.errors import AgentError, CheckpointError
 
 _SOCKET = re.compile(r"([0-9]{5,9})\.sock")
-_FOLDER = re.compile(r"[0-9a-f]{32}")
 _ASK_S = 5.0  # an agent that is stopped or stuck is told as that
 
 
@@ -75,27 +74,19 @@ def stop(found: Found, options: Options, *, force: bool, clock: Callable[[], flo
 
 
 def _listening(options: Options) -> list[Places]:
-    out = []
-    for runtime in runtime_folders(options):
-        try:
-            check_private(runtime)
-            folders = [path for path in runtime.iterdir() if _FOLDER.fullmatch(path.name)]
-        except (OSError, CheckpointError):
-            continue  # nothing there that is ours
-        out += [
-            Places(folder=folder, rank=int(match[1]))
-            for folder in folders
-            for path in _inside(folder)
-            if (match := _SOCKET.fullmatch(path.name))
-        ]
-    return out
+    return [
+        Places(folder=folder, rank=int(match[1]))
+        for runtime in runtime_folders(options)
+        for folder in private_folders(runtime)
+        for path in _inside(folder)
+        if (match := _SOCKET.fullmatch(path.name))
+    ]
 
 
 def _inside(folder: Path) -> list[Path]:
     try:
-        check_private(folder)
         return list(folder.iterdir())
-    except (OSError, CheckpointError):
+    except OSError:  # it went with its last agent
         return []
 
 

@@ -14,6 +14,7 @@ a link, that others may enter or that belongs to somebody else is refused, never
 from __future__ import annotations
 
 import os
+import re
 import stat
 import uuid
 from dataclasses import dataclass
@@ -24,6 +25,7 @@ from ckpt.errors import InvalidInputError
 
 PROTOCOL = (1, 0)  # major, minor, of the local socket
 SOCKET_PATH_BYTES_MAX = 107  # sun_path of sockaddr_un, without its zero
+_RUN_FOLDER = re.compile(r"[0-9a-f]{32}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -152,6 +154,23 @@ def check_private(folder: Path) -> None:
         kind="unsafe-folder",
         hints=(f"look at it with ls -ld {folder}; remove it if you may",),
     )
+
+
+def private_folders(runtime: Path) -> list[Path]:
+    """The folders of runs in a runtime folder, as far as both are this user's alone; none where there are none."""
+    out = []
+    try:
+        check_private(runtime)
+        found = sorted(path for path in runtime.iterdir() if _RUN_FOLDER.fullmatch(path.name))
+    except (OSError, InvalidInputError):
+        return []
+    for folder in found:
+        try:
+            check_private(folder)
+        except (OSError, InvalidInputError):
+            continue
+        out.append(folder)
+    return out
 
 
 def _by_user(folder: Path) -> Path:

@@ -25,7 +25,7 @@ from typing import Any, Protocol
 
 from ckpt.agent import methods, segments
 from ckpt.agent.admission import Admission, Session
-from ckpt.agent.identity import Identity, Places, memory_folder, places, runtime_folders
+from ckpt.agent.identity import Identity, Places, memory_folder, places, private_folders, runtime_folders
 from ckpt.agent.log import AgentLog
 from ckpt.agent.server import Server
 from ckpt.agent.slots import Slots
@@ -321,11 +321,13 @@ def parse_cpus(text: str) -> set[int]:
 
 
 def _remove_old_logs(options: Options) -> None:
-    """Logs of agents that ended long ago, and their folders. One that is held, or not ours, stays."""
+    """Logs of agents that ended long ago, and their folders. Looks only into folders that are ours alone."""
     for runtime in runtime_folders(options):
-        for path in runtime.glob("*/*.log*") if runtime.is_dir() else ():
+        for folder in private_folders(runtime):
             with contextlib.suppress(OSError):
-                if time.time() - path.stat().st_mtime > AGENT_LOG_KEEP_S:
+                old = [p for p in folder.glob("*.log*") if time.time() - p.lstat().st_mtime > AGENT_LOG_KEEP_S]
+                for path in old:
                     path.unlink()
                     path.with_suffix(".err").unlink(missing_ok=True)
-                    path.parent.rmdir()
+                if old:  # one without logs may just be made
+                    folder.rmdir()  # stays while anything lies in it

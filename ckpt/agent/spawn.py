@@ -21,7 +21,7 @@ from typing import Any
 
 import ckpt
 from ckpt import errors
-from ckpt.agent.identity import Identity, Places, places
+from ckpt.agent.identity import Identity, Places, make_private, places
 from ckpt.agent.local import Client, connect
 from ckpt.agent.log import tail
 from ckpt.config import Options
@@ -110,8 +110,7 @@ def _exec(identity: Identity, options: Options, where: Places, ready_fd: int) ->
     """A child that execs the agent, which leaves it and lets it end: it is waited for here."""
     command = [sys.executable, "-P", "-m", "ckpt.agent", "--detach", "--ready-fd", str(ready_fd)]
     command += arguments(identity, options)
-    flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC | os.O_NOFOLLOW
-    stderr = os.open(where.stderr, flags, 0o600)
+    stderr = _open_stderr(where)
     try:
         child = subprocess.Popen(
             command,
@@ -128,6 +127,18 @@ def _exec(identity: Identity, options: Options, where: Places, ready_fd: int) ->
         raise AgentError(f"`{command[0]}` cannot be started: {error.strerror}", kind="not-started") from error
     finally:
         os.close(stderr)
+
+
+def _open_stderr(where: Places) -> int:
+    flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC | os.O_NOFOLLOW
+    while True:
+        try:
+            return os.open(where.stderr, flags, 0o600)
+        except FileNotFoundError:  # the folder went with the last agent in it
+            make_private(where.folder.parent)
+            make_private(where.folder)
+        except OSError as error:
+            raise AgentError(f"`{where.stderr}` cannot be written: {error.strerror}", kind="not-started") from error
 
 
 def arguments(identity: Identity, options: Options) -> list[str]:

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from ckpt.agent import budget, identity, segments
+from ckpt.agent import budget, identity, process, segments
 from ckpt.agent.budget import Memory
 from ckpt.agent.header import HEADER_BYTES, State
 from ckpt.agent.identity import Identity, check_private, make_private, memory_folder, run_id_of
@@ -286,3 +286,19 @@ def test_a_refused_reservation_takes_nothing_and_keeps_what_there_is(options: Op
     after = slots.headers()
     slots.close()
     assert after == before
+
+
+def test_only_old_logs_in_folders_of_this_user_alone_are_removed(tmp_path: Path, options: Options) -> None:
+    runtime, names = Path(options.agent_runtime_folder), [uuid.uuid4().hex for _ in range(3)]
+    elsewhere = tmp_path / "elsewhere"
+    for folder in (runtime / names[0], runtime / names[1], elsewhere):
+        folder.mkdir(mode=0o700)
+        for name in ("00000.log", "00000.err"):
+            (folder / name).touch()
+            os.utime(folder / name, (0, 0))
+    (runtime / names[1] / "00001.log").touch()
+    (runtime / names[2]).symlink_to(elsewhere)
+    process._remove_old_logs(options)
+    left = sorted(str(path.relative_to(runtime)) for path in runtime.glob("*/*") if not path.parent.is_symlink())
+    assert left == [f"{names[1]}/00001.log"] and len(list(elsewhere.iterdir())) == 2
+    assert not (runtime / names[0]).exists()
