@@ -12,6 +12,7 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Protocol
 
 import numpy as np
+from numpy.typing import NDArray
 
 from ckpt.agent.inventory import Candidate, Group
 from ckpt.agent.stripes import Block, Stripes, rebuild_plan
@@ -77,16 +78,16 @@ class Blobs:
                 code_blocks(sources, [into[at - start : end - start]], rows)
                 self.decoded_nbytes += end - at
 
-    def _fetch(self, group: Group, stripes: Stripes, parts: Sequence[Block]) -> list[np.ndarray]:
+    def _fetch(self, group: Group, stripes: Stripes, parts: Sequence[Block]) -> list[NDArray[np.uint8]]:
         buffers = [np.empty(part.nbytes, np.uint8) for part in parts]
 
-        def one(part: Block, buffer: np.ndarray) -> None:
+        def one(part: Block, buffer: NDArray[np.uint8]) -> None:
             holders = group.parities if part.parity else group.blobs
             if part.member not in holders:
                 raise NotFoundError(f"nobody holds the {part} that decoding needs", kind="no-object")
             key = self._key(group, stripes, part)
             low = part.start - (part.start // stripes.block_bytes * stripes.block_bytes if part.parity else 0)
-            self._pull(holders[part.member], key, low, low + part.nbytes, memoryview(buffer))
+            self._pull(holders[part.member], key, low, low + part.nbytes, buffer.data)
 
         wanted = [(part, buffer) for part, buffer in zip(parts, buffers, strict=True) if part.nbytes]
         for future in [self._lanes.submit(one, part, buffer) for part, buffer in wanted]:

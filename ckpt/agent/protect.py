@@ -8,19 +8,20 @@ arrival.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 
 import numpy as np
+from numpy.typing import NDArray
 
 from ckpt.agent.decode import key_of
 from ckpt.agent.inventory import Card, Parity
-from ckpt.agent.stripes import Step, Stripes, encode_plan
+from ckpt.agent.stripes import Block, Step, Stripes, encode_plan
 from ckpt.agent.transport.client import Peer
 from ckpt.config import Options
 from ckpt.errors import PeerError
-from ckpt.kernels.erasure import Code, code_blocks, code_for
+from ckpt.kernels.erasure import code_blocks, code_for
 
 _ASK_S = (0.005, 0.2)  # between two questions to a peer that is not as far yet: at first, and at most
 
@@ -31,7 +32,6 @@ class Made:
 
     parity: Parity
     pulled_nbytes: int
-    wait_s: float  # for peers to seal the step
     pull_s: float
     code_s: float
 
@@ -88,59 +88,90 @@ def make_parity(
         PeerError: a blob cannot be had, or not by `ends_at`; what is in `memory` is void.
     """
     stripes = Stripes(image_nbytes=tuple(card.blob_bytes for card in cards), num_parity=cards[0].parity)
-    member, code = cards[0].members.index(rank), code_for(stripes.num_data, stripes.num_parity)
-    chunk_bytes = min(options.peer_chunk_bytes, stripes.block_bytes)
-    # Two sets of buffers: one is filled while the other is coded.
-    buffers = [[np.empty(chunk_bytes, np.uint8) for _ in range(stripes.num_data)] for _ in range(2)]
-    pulled, pull_s, code_s = 0, 0.0, 0.0
-    start = time.monotonic()
-    with ThreadPoolExecutor(stripes.num_data, thread_name_prefix="ckpt-pull") as lanes:
-
-        def begin(step: Step, into: list[np.ndarray]) -> tuple[Step, list[np.ndarray], list[object]]:
-            filled, waiting = [], []
-            for source, buffer in zip(step.sources, into, strict=True):
-                filled.append(buffer[: source.nbytes])
-                if source.nbytes:
-                    card = cards[source.member]
-                    key = key_of(
-                        stripes, source, run_id=run_id, step=card.step, attempt=card.attempt, members=card.members
-                    )
-                    left_s = max(ends_at - time.monotonic(), 0.001)
-                    target = memoryview(filled[-1])
-                    pull = peers[card.rank].pull
-                    waiting.append(lanes.submit(pull, key, source.start, source.stop, into=target, deadline_s=left_s))
-            return step, filled, waiting
-
-        def finish(begun: tuple[Step, list[np.ndarray], list[object]]) -> None:
-            nonlocal pulled, pull_s, code_s
-            step, filled, waiting = begun
-            before = time.perf_counter()
-            for future in waiting:
-                future.result()  # type: ignore[attr-defined]
-            between = time.perf_counter()
-            target = memory[step.target.start : step.target.stop]
-            code_blocks(filled, [target], _rows(code, step), tile_bytes=options.code_tile_bytes)
-            pulled += sum(len(buffer) for buffer in filled)
-            pull_s, code_s = pull_s + between - before, code_s + time.perf_counter() - between
-
-        begun = None
-        for number, step in enumerate(_chunks(stripes, member, chunk_bytes)):
+    member = cards[0].members.index(rank)
+    with _Encoder(cards, stripes, peers, memory, run_id=run_id, options=options, ends_at=ends_at) as encoder:
+        for step in _chunks(stripes, member, encoder.chunk_bytes):
             if stopped():
                 raise PeerError("the agent ends", kind="peer-stopped")
-            following = begin(step, buffers[number % 2])
-            if begun is not None:
-                finish(begun)
-            begun = following
-        if begun is not None:
-            finish(begun)
-    parity = Parity(rank=rank, cards=cards, block_bytes=stripes.block_bytes)
-    return Made(parity=parity, pulled_nbytes=pulled, wait_s=time.monotonic() - start, pull_s=pull_s, code_s=code_s)
+            encoder.add(step)
+        encoder.finish()
+        parity = Parity(rank=rank, cards=cards, block_bytes=stripes.block_bytes)
+        return Made(parity=parity, pulled_nbytes=encoder.pulled_nbytes, pull_s=encoder.pull_s, code_s=encoder.code_s)
 
 
-def _rows(code: Code, step: Step) -> np.ndarray:
-    return code.rows(have=step.have, wanted=[step.target.piece])
+class _Encoder:
+    """Two sets of buffers: one is filled by pulls while the other is coded. One thread; pulls on threads of its own."""
+
+    def __init__(
+        self,
+        cards: tuple[Card, ...],
+        stripes: Stripes,
+        peers: Mapping[int, Peer],
+        memory: memoryview,
+        *,
+        run_id: str,
+        options: Options,
+        ends_at: float,
+    ) -> None:
+        self._cards, self._stripes, self._peers, self._memory = cards, stripes, peers, memory
+        self._run_id, self._options, self._ends_at = run_id, options, ends_at
+        self._code = code_for(stripes.num_data, stripes.num_parity)
+        self.chunk_bytes = min(options.peer_chunk_bytes, max(stripes.block_bytes, 1))
+        self._buffers = [[np.empty(self.chunk_bytes, np.uint8) for _ in range(stripes.num_data)] for _ in range(2)]
+        self._lanes = ThreadPoolExecutor(stripes.num_data, thread_name_prefix="ckpt-pull")
+        self._begun: tuple[Step, list[NDArray[np.uint8]], list[Future[int]]] | None = None
+        self.pulled_nbytes, self.pull_s, self.code_s = 0, 0.0, 0.0
+
+    def __enter__(self) -> _Encoder:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._lanes.shutdown(cancel_futures=True)
+
+    def add(self, step: Step) -> None:
+        """Begin to pull what `step` needs, and code what was begun before."""
+        self._buffers.reverse()
+        begun = self._begin(step, self._buffers[0])
+        self.finish()
+        self._begun = begun
+
+    def finish(self) -> None:
+        """Code what was begun last."""
+        begun, self._begun = self._begun, None
+        if begun is None:
+            return
+        step, filled, waiting = begun
+        before = time.perf_counter()
+        for future in waiting:
+            future.result()
+        between = time.perf_counter()
+        target = self._memory[step.target.start : step.target.stop]
+        rows = self._code.rows(have=step.have, wanted=[step.target.piece])
+        code_blocks(filled, [target], rows, tile_bytes=self._options.code_tile_bytes)
+        self.pulled_nbytes += sum(len(buffer) for buffer in filled)
+        self.pull_s += between - before
+        self.code_s += time.perf_counter() - between
+
+    def _begin(
+        self, step: Step, into: list[NDArray[np.uint8]]
+    ) -> tuple[Step, list[NDArray[np.uint8]], list[Future[int]]]:
+        filled = [buffer[: source.nbytes] for source, buffer in zip(step.sources, into, strict=True)]
+        waiting = [
+            self._lanes.submit(self._pull, source, buffer)
+            for source, buffer in zip(step.sources, filled, strict=True)
+            if source.nbytes
+        ]
+        return step, filled, waiting
+
+    def _pull(self, source: Block, into: NDArray[np.uint8]) -> int:
+        card = self._cards[source.member]
+        key = key_of(
+            self._stripes, source, run_id=self._run_id, step=card.step, attempt=card.attempt, members=card.members
+        )
+        left_s = max(self._ends_at - time.monotonic(), 0.001)
+        return self._peers[card.rank].pull(key, source.start, source.stop, into=into.data, deadline_s=left_s)
 
 
-def _chunks(stripes: Stripes, member: int, chunk_bytes: int):  # type: ignore[no-untyped-def]
+def _chunks(stripes: Stripes, member: int, chunk_bytes: int) -> Iterator[Step]:
     for step in encode_plan(stripes, member).steps:
         yield from step.chunks(chunk_bytes)

@@ -317,13 +317,15 @@ class Tier:
         """What the agents held when this job began, the newest step first. Equal on all ranks."""
         return candidates(self._inventories)
 
-    def chosen(self, candidate: Candidate | None) -> None:
-        """As MemoryTier.chosen: of what this rank's agent holds, newer snapshots than the chosen one are dropped."""
-        if self._client is not None and candidate is not None:
+    def chosen(self, number: int | None) -> None:
+        """As MemoryTier.chosen: what else this rank's agent holds is dropped."""
+        if self._client is not None and number is not None:
+            candidate = self.candidates()[number]
             self._client.call("choose", {"step": candidate.step, "attempt": candidate.attempt})
 
-    def open(self, candidate: Candidate) -> SnapshotStore:
-        """A recoverable snapshot as a store, to read it from. All ranks call."""
+    def open(self, number: int) -> SnapshotStore:
+        """As MemoryTier.open. All ranks call."""
+        candidate = self.candidates()[number]
         credentials = Credentials(
             run_id=self._run_id.hex, secret=self._secret, member=f"trainer-{os.getpid()}-{self._world.rank}"
         )

@@ -48,12 +48,14 @@ class OpenedSnapshot(Store, Protocol):
 class MemoryTier(Protocol):
     """Snapshots in the memory of agents, as restoring sees them. All ranks call alike."""
 
-    def candidates(self) -> Sequence[Snapshot]: ...
+    def candidates(self) -> Sequence[Snapshot]:
+        """All of which something is left, the newest step first."""
 
-    def open(self, candidate: Snapshot) -> OpenedSnapshot: ...
+    def open(self, number: int) -> OpenedSnapshot:
+        """A recoverable one of `candidates`, to read from."""
 
-    def chosen(self, candidate: Snapshot | None) -> None:
-        """The job goes on from this snapshot, or from the store: later ones no longer count."""
+    def chosen(self, number: int | None) -> None:
+        """The job goes on from this one of `candidates`, or from the store: others no longer count."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -81,7 +83,7 @@ def restore(
     passed_over: list[str] = []
     if tier is not None:
         stored_step = run.newest_step()
-        for candidate in tier.candidates():
+        for number, candidate in enumerate(tier.candidates()):
             if candidate.step < stored_step:
                 break
             if not candidate.recoverable:
@@ -91,7 +93,7 @@ def restore(
                 continue
             error: CheckpointError | None = None
             try:
-                store = tier.open(candidate)
+                store = tier.open(number)
                 stored = StoredCheckpoint(store, candidate.step, run.options)
                 loaded = run.load_from(stored, state, layout, strict=strict, rename=rename)
             except CheckpointError as problem:
@@ -101,7 +103,7 @@ def restore(
                     f"step {candidate.step} in memory: {first_line(error) if error else 'other ranks failed'}"
                 )
                 continue
-            tier.chosen(candidate)
+            tier.chosen(number)
             done = Restored(
                 step=candidate.step,
                 tier="memory",
