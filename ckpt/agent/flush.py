@@ -1,7 +1,8 @@
 """Write sealed images to the store and complete the checkpoints that they are parts of, also when the trainer is gone.
 
 In: requests of the trainer to flush what it has sealed. Out: published checkpoints, or what stopped them, told to the other ranks
-through the store and to the trainer when it asks. One thread, one image after the other; the image stays until it is durable.
+through the store and to the trainer when it asks. One thread writes, one image after the other; the image stays until it is
+durable. Others wait for the other ranks: one that will never come, as its node is gone, holds up no later checkpoint.
 """
 
 from __future__ import annotations
@@ -9,14 +10,16 @@ from __future__ import annotations
 import threading
 import time
 from collections import OrderedDict
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 from ckpt import config
 from ckpt.agent import blob
 from ckpt.agent.inventory import Card
 from ckpt.agent.process import Agent
+from ckpt.agent.segments import Segment
 from ckpt.agent.server import Call
 from ckpt.commit import names
 from ckpt.commit.complete import Completion, Request
@@ -28,6 +31,8 @@ from ckpt.store.open import open_store
 from ckpt.store.rate import TokenBucket
 
 _KEPT = 16  # flushes whose outcome is remembered
+_WAITING_MAX = 8  # that wait for other ranks at a time
+_Value = TypeVar("_Value")
 
 
 @dataclass(kw_only=True)
@@ -44,7 +49,8 @@ class Flush:
         self._agent = agent
         self._lock = threading.Lock()
         self._outcomes: OrderedDict[tuple[int, str], _Outcome] = OrderedDict()
-        self._store: tuple[object, Store] | None = None  # the last one, by what it was opened with
+        self._stores: dict[object, Store] = {}  # by what they were opened with
+        self._num_waiting = 0
         self._stopping = threading.Event()
         options = agent.options
         self._rate = TokenBucket(
@@ -69,11 +75,17 @@ class Flush:
 
         def work() -> None:
             try:
-                self._run(of, segment.payload()[: segment.header.image_bytes], url, storage, given)
+                rest = self._told(of, lambda: self._write(segment, self._open(url, storage, given), given))
             finally:
                 pin.__exit__(None, None, None)
+            if rest is not None:
+                self._wait(of, rest)
 
-        self._thread.submit(work)
+        try:
+            self._thread.submit(work)
+        except BaseException:
+            pin.__exit__(None, None, None)
+            raise
         return {}
 
     def stored(self, call: Call) -> dict[str, Any]:
@@ -86,45 +98,72 @@ class Flush:
 
     def stop(self, deadline: float) -> None:
         """Finish what is under way until `deadline`, then abandon it: what lies there no reader takes for a checkpoint."""
-        while time.monotonic() < deadline and any(one.state == "running" for one in self._outcomes.values()):
+        while time.monotonic() < deadline and any(one.state == "running" for one in list(self._outcomes.values())):
             time.sleep(0.01)
         self._stopping.set()
         self._thread.shutdown(cancel_futures=True)
-        if self._store is not None:
-            self._store[1].close()
+        for store in self._stores.values():
+            store.close()
 
-    def _run(
-        self, of: tuple[int, str], payload: memoryview, url: str, storage: dict[str, Any], options: config.Options
-    ) -> None:
-        outcome, start = self._outcomes[of], time.monotonic()
+    def _told(self, of: tuple[int, str], work: Callable[[], _Value]) -> _Value | None:
+        """What `work` gives; None when it failed, which is told to the trainer, the other ranks and the log."""
         try:
-            outcome.changed = self._write(of, payload, self._open(url, storage, options), options)
-            outcome.state = "stored"
-            self._agent.log.tell("stored", step=of[0], attempt=of[1], seconds=time.monotonic() - start)
-        except Exception as error:  # noqa: BLE001 - told to the trainer, the other ranks and the log
+            return work()
+        except Exception as error:  # noqa: BLE001 - as said above
             known = error if isinstance(error, CheckpointError) else SaveFailedError(f"{type(error).__name__}: {error}")
+            outcome = self._outcomes.get(of) or _Outcome()
             outcome.error = {"class": type(known).__name__, "kind": known.kind, "message": known.message}
             outcome.state = "failed"
             self._agent.log.tell("not-stored", step=of[0], attempt=of[1], error=known.message)
+            return None
+
+    def _wait(self, of: tuple[int, str], rest: Callable[[], bool]) -> None:
+        """What is left to do, on a thread of its own: it may take as long as the slowest rank. A daemon, for the same reason."""
+        start = time.monotonic()
+
+        def work() -> None:
+            set_thread_nice(self._agent.options.flush_nice)
+            try:
+                changed = self._told(of, rest)
+            finally:
+                with self._lock:
+                    self._num_waiting -= 1
+            if changed is not None:
+                outcome = self._outcomes.get(of) or _Outcome()
+                outcome.changed = changed
+                outcome.state = "stored"
+                self._agent.log.tell("stored", step=of[0], attempt=of[1], seconds=time.monotonic() - start)
+
+        while self._num_waiting >= _WAITING_MAX and not self._stopping.is_set():
+            time.sleep(0.01)
+        with self._lock:
+            self._num_waiting += 1
+        threading.Thread(target=work, name="ckpt-flush-wait", daemon=True).start()
 
     def _open(self, url: str, storage: dict[str, Any], options: config.Options) -> Store:
         key = (url, repr(sorted(storage.items())), options)
-        if self._store is None or self._store[0] != key:
-            if self._store is not None:
-                self._store[1].close()
-            self._store = key, open_store(url, options=options, storage_options=storage or None)
-        return self._store[1]
+        if key not in self._stores:
+            self._stores[key] = open_store(url, options=options, storage_options=storage or None)
+        return self._stores[key]
 
-    def _write(self, of: tuple[int, str], payload: memoryview, store: Store, options: config.Options) -> bool:
-        """Image durable, receipt durable, then as rank 0 publishes. Whether a structure changed."""
-        record, nbytes = blob.read_record(payload, what=f"the image of step {of[0]}")
+    def _write(self, segment: Segment, store: Store, options: config.Options) -> Callable[[], bool]:
+        """The image is durable when this returns. The rest: receipt, then as rank 0 publish; whether a structure changed."""
+        payload = segment.payload()[: segment.header.image_bytes]
+        what = f"the image of step {segment.header.step}"
+        record, nbytes = blob.read_record(payload, what=what)
         card = Card.from_fields(record)
-        receipt, request = blob.unpack_rest(bytes(payload[card.image_bytes : nbytes]), what=f"step {of[0]}")
+        receipt, request = blob.unpack_rest(bytes(payload[card.image_bytes : nbytes]), what=what)
         completion = Completion(store, options, rank=card.rank, world=card.world)
         with completion.telling_others(card.step, card.attempt):
             key = f"{names.attempt_folder(card.step, card.attempt)}/{names.image_name(card.rank, card.world)}"
             self._write_image(store, key, payload[: card.image_bytes], options)
-            return completion.complete(request, card.attempt, receipt, Timeline(), self._refuse_when_stopping(request))
+
+        def rest() -> bool:
+            with completion.telling_others(card.step, card.attempt):
+                decide = self._refuse_when_stopping(request)
+                return completion.complete(request, card.attempt, receipt, Timeline(), decide)
+
+        return rest
 
     def _write_image(self, store: Store, key: str, image: memoryview, options: config.Options) -> None:
         writer = store.open_writer(key, nbytes=len(image))

@@ -8,7 +8,8 @@ a link, that others may enter or that belongs to somebody else is refused, never
     <runtime>/<run id>/00003.json      its incarnation and the newest epoch it saw
     <runtime>/<run id>/00003.log       its events (and 00003.log.1, those before)
     <runtime>/<run id>/00003.err       its stderr
-    <memory>/ckpt-<uid>/<run id>-00003-<token>.seg     its shared memory
+    <memory>/ckpt-<uid>/<run id>-00003-<token>.seg            its shared memory
+    <memory>/ckpt-<uid>-parity/<run id>-00003-<token>.seg     the parity that it holds
 """
 
 from __future__ import annotations
@@ -125,6 +126,12 @@ def runtime_folders(options: Options) -> list[Path]:
 def memory_folder(options: Options) -> Path:
     """The folder of this user's segments; may be missing."""
     return _by_user(Path(options.agent_memory_folder).absolute())
+
+
+def parity_folder(options: Options) -> Path:
+    """The folder of this user's segments of parity; may be missing."""
+    folder = memory_folder(options)
+    return folder.with_name(f"{folder.name}-parity")
 
 
 def make_private(folder: Path) -> None:

@@ -114,6 +114,11 @@ class Client:
         self.agent: dict[str, Any] = {}  # what the agent said of itself: pid, incarnation, epoch, protocol
         _clients.add(self)
 
+    @property
+    def is_open(self) -> bool:
+        """Whether the agent can still be asked: False after an error in the connection, and after `close`."""
+        return self._connection is not None
+
     def hello(self, *, epoch: int, role: Role) -> None:
         """Say who this is; AgentError with the reason where the agent wants somebody else."""
         mine = {"run_id": self.identity.run_id.hex, "rank": self.identity.rank, "world": self.identity.world}

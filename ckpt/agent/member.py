@@ -7,18 +7,22 @@ the one before is kept until then. Never pushes a byte to a peer, never calls th
 
 from __future__ import annotations
 
+import contextlib
+import dataclasses
 import os
+import socket
 import threading
 import time
 from collections import OrderedDict
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 
 from ckpt.agent import blob, protect, segments
 from ckpt.agent.flush import Flush
 from ckpt.agent.header import State
-from ckpt.agent.identity import memory_folder
+from ckpt.agent.identity import parity_folder
 from ckpt.agent.inventory import Card, Inventory, Parity
 from ckpt.agent.process import Agent
 from ckpt.agent.segments import Segment
@@ -31,8 +35,13 @@ from ckpt.agent.transport.wire import Key
 from ckpt.errors import AgentError, CheckpointError, DamagedError, InvalidInputError, PeerError
 from ckpt.kernels import crc32c, crc32c_combine
 
-_VOTES_KEPT = 16  # snapshots of which the agent of rank 0 remembers who voted
+_KEPT = 16  # snapshots of which an agent remembers how far they are, and which will not come
+_BALLOTS_KEPT = 1024  # of the agent of rank 0; small once they are decided
 _VOTE_S = (0.005, 0.25)  # between two questions whether all have voted: at first, and at most
+_TELL_S = 2.0  # for a word to a peer that must not hold up anything
+
+
+_Record = TypeVar("_Record")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,6 +65,16 @@ class _Progress:
     facts: dict[str, Any] = field(default_factory=dict)
 
 
+@dataclass(kw_only=True)
+class _Ballot:
+    """The votes on one snapshot, at rank 0's agent. Decided once: `whole` and `failed` never change again."""
+
+    votes: dict[int, bool] = field(default_factory=dict)  # rank -> whether its structure changed
+    whole: bool = False
+    failed: str = ""
+    changed: bool = False
+
+
 class Member:
     """A plugin of process.py. Handlers run on threads of their own."""
 
@@ -66,18 +85,21 @@ class Member:
         self._membership: Membership | None = None
         self._peers: dict[int, Peer] = {}
         self._progress: OrderedDict[tuple[int, str], _Progress] = OrderedDict()
-        self._votes: OrderedDict[tuple[int, str, int], dict[int, bool]] = OrderedDict()
+        self._ballots: OrderedDict[tuple[int, str, int], _Ballot] = OrderedDict()
+        self._missed: OrderedDict[tuple[int, str], str] = OrderedDict()  # what will not come here, and why
+        self._untold: set[int] = set()  # ranks that do not know where this agent is now
         self._stopping = threading.Event()
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="ckpt-protect")
 
     def start(self, agent: Agent) -> None:
         """Add the methods, take over parity that an earlier agent left."""
         self._agent = agent
-        folder = memory_folder(agent.options)
-        folder = folder.with_name(f"{folder.name}-parity")
+        folder = parity_folder(agent.options)
         self._parity = Slots(folder, agent.identity, agent.options, complete=State.PROTECTED)
         swept = segments.sweep(folder, agent.identity, lease_s=agent.options.agent_lease_s)
         self._parity.take(swept.adopted)
+        agent.more_slots.append(self._parity)
+        self._abandon_image = agent.server.handlers["abandon"]
         agent.slots.complete = State.PROTECTED
         self._flush = Flush(agent)
         handlers = {
@@ -85,6 +107,8 @@ class Member:
             "listen": self._listen,
             "join": self._join,
             "begin": self._begin,
+            "abandon": self._abandon,
+            "pass_over": self._pass_over,
             "keep": self._keep,
             "progress": self._tell_progress,
             "choose": self._choose,
@@ -123,9 +147,9 @@ class Member:
                 if self._server is not None:
                     self._server.close()
                 self._secret = secret
-                self._server = Server(
-                    self, self._credentials(), host=host, port=call.integer("port"), options=self._agent.options
-                )
+                port = call.integer("port", high=65535)
+                port = port if port and _is_free(host, port) else 0
+                self._server = Server(self, self._credentials(), host=host, port=port, options=self._agent.options)
             return {"address": self._server.address}
 
     def _credentials(self) -> Credentials:
@@ -147,6 +171,8 @@ class Member:
         if parity_bytes and membership.parity:
             self._parity.reserve(parity_bytes)
         with self._lock:
+            self._untold = {int(rank) for rank in given.get("tell", {})} - {membership.rank}
+            membership.addresses.update({int(rank): str(address) for rank, address in given.get("tell", {}).items()})
             old, self._membership = self._peers, membership
             self._peers = {
                 rank: Peer(address, self._credentials(), self._agent.options)
@@ -156,15 +182,68 @@ class Member:
         for peer in old.values():
             peer.close()
         self._agent.log.tell("joined", rank=membership.rank, world=membership.world, members=list(membership.members))
+        self._thread.submit(self._tell_address)
         return {}
+
+    def _tell_address(self) -> None:
+        """Where this agent is, to those who knew the one before it; who cannot be reached is told before the next snapshot."""
+        with self._lock:
+            membership, server, untold = self._membership, self._server, sorted(self._untold)
+            peers = dict(self._peers)
+        if membership is None or server is None:
+            return
+        for rank in untold:
+            try:
+                peers[rank].call("moved", {"rank": membership.rank, "address": server.address}, deadline_s=_TELL_S)
+            except CheckpointError as error:
+                self._agent.log.tell("address-not-told", rank=rank, error=error.message)
+                continue
+            with self._lock:
+                self._untold.discard(rank)
+
+    def _moved(self, rank: int, address: str) -> None:
+        """The agent of a rank was started anew, elsewhere."""
+        with self._lock:
+            membership = self._membership
+            if membership is None or rank not in self._peers:
+                return
+            old, peer = self._peers[rank], Peer(address, self._credentials(), self._agent.options)
+            self._peers = {**self._peers, rank: peer}
+            self._membership = dataclasses.replace(membership, addresses={**membership.addresses, rank: address})
+        old.close()
+        self._agent.log.tell("peer-moved", rank=rank, address=address)
 
     def _begin(self, call: Call) -> dict[str, Any]:
         """As in methods.py; what was sealed and never protected makes way."""
         step, attempt, session = call.integer("step"), call.text("attempt"), call.session
         slots = self._agent.slots
         self._drop_failed(slots)
-        segment = slots.begin(step=step, attempt=attempt, epoch=session.epoch, world=session.world)
+        try:
+            segment = slots.begin(step=step, attempt=attempt, epoch=session.epoch, world=session.world)
+        except AgentError as error:
+            self._miss(step, attempt, error.message)
+            raise
         return describe(segment)
+
+    def _abandon(self, call: Call) -> Any:
+        """As in methods.py; peers need not wait for it."""
+        header = self._agent.slots.by_name().get(call.text("name"))
+        answer = self._abandon_image(call)
+        if header is not None and header.generation == call.integer("generation"):
+            self._miss(header.step, header.attempt, "the trainer gave it up")
+        return answer
+
+    def _pass_over(self, call: Call) -> dict[str, Any]:
+        """The trainer has no image of this step for its agent."""
+        self._miss(call.integer("step"), call.text("attempt"), "the trainer passed it over")
+        return {}
+
+    def _miss(self, step: int, attempt: str, why: str) -> None:
+        """Peers that ask for this snapshot are told that it will not come, or they would wait in vain and miss the next one."""
+        with self._lock:
+            self._missed[step, attempt] = why
+            while len(self._missed) > _KEPT:
+                self._missed.popitem(last=False)
 
     def _drop_failed(self, slots: Slots) -> None:
         """Sealed snapshots whose protection has failed, but for the newest whole one: it may be all that is left."""
@@ -203,26 +282,35 @@ class Member:
             )
             total, crc = _end_payload(memory, blob_bytes, crc, card.fields())
             of = (card.step, card.attempt)
-            with self._lock:
+            with self._lock:  # before it is sealed: what is sealed and not on its way makes way for others
                 self._progress[of] = _Progress(changed=bool(call.params.get("changed")))
-                while len(self._progress) > _VOTES_KEPT:
+                while len(self._progress) > _KEPT:
                     self._progress.popitem(last=False)
-            self._agent.slots.seal(name, generation, total, crc)
-        self._thread.submit(self._protect, name, generation, card)
+            try:
+                self._agent.slots.seal(name, generation, total, crc)
+                self._thread.submit(self._protect, name, generation, card)
+            except BaseException:
+                self._failed(of, "it was not sealed")
+                raise
         return {}
 
+    def _failed(self, of: tuple[int, str], text: str) -> None:
+        with self._lock:
+            self._progress[of] = _Progress(state="failed", error=text)
+
     def _choose(self, call: Call) -> dict[str, Any]:
-        """The job goes on from this snapshot: others were given up, and must not stand in the way of new ones."""
-        of = call.integer("step"), call.text("attempt")
-        for slots in (self._agent.slots, self._parity):
-            for header in slots.headers():
-                if header.is_complete and (header.step, header.attempt) != of:
-                    name = next(one.name for one in slots.all() if one.header.generation == header.generation)
-                    slots.discard(name, header.generation)
-                elif header.state is State.SEALED:
-                    name = next(one.name for one in slots.all() if one.header.generation == header.generation)
-                    slots.protect(name, header.generation)
-        self._agent.log.tell("chosen", step=of[0], attempt=of[1])
+        """The job goes on from this snapshot, or without a step from none: others were given up, and must neither stand in the
+        way of new ones nor come back when the nodes that lack now do."""
+        nothing = call.params.get("step") is None
+        of = None if nothing else (call.integer("step"), call.text("attempt"))
+        with self._lock:
+            for slots in (self._agent.slots, self._parity):
+                for name, header in slots.by_name().items():
+                    if header.is_complete and (header.step, header.attempt) != of:
+                        slots.discard(name, header.generation)
+                    elif header.state is State.SEALED:
+                        slots.protect(name, header.generation)
+        self._agent.log.tell("chosen", step=None if of is None else of[0], attempt=None if of is None else of[1])
         return {}
 
     def _tell_progress(self, call: Call) -> dict[str, Any]:
@@ -239,86 +327,152 @@ class Member:
         of = (card.step, card.attempt)
         start = time.monotonic()
         try:
+            self._tell_address()
             facts = self._make_and_vote(name, generation, card)
         except Exception as error:  # noqa: BLE001 - told to the trainer and the log; the snapshot before stands
             text = error.message if isinstance(error, CheckpointError) else f"{type(error).__name__}: {error}"
             self._agent.log.tell("not-protected", step=card.step, attempt=card.attempt, error=text)
-            with self._lock:
-                self._progress[of] = _Progress(state="failed", error=text)
+            self._failed(of, text)
             return
         facts["seconds"] = time.monotonic() - start
         self._agent.log.tell("protected", step=card.step, attempt=card.attempt, **facts)
         with self._lock:
-            one = self._progress[of]
+            one = self._progress.setdefault(of, _Progress())
             one.facts, one.state = facts, "protected"
 
     def _make_and_vote(self, name: str, generation: int, card: Card) -> dict[str, Any]:
-        options = self._agent.options
-        ends_at = time.monotonic() + options.protect_timeout_s
-        facts: dict[str, Any] = {}
-        made: tuple[Segment, int] | None = None
-        if card.parity:
-            cards = protect.cards_of_group(card, self._peers, ends_at=ends_at)
-            segment = self._parity.begin(step=card.step, attempt=card.attempt, epoch=0, world=card.world)
-            generation_of_parity = segment.header.generation
-            try:
-                memory = segment.payload()
-                done = protect.make_parity(
-                    cards,
-                    card.rank,
-                    self._peers,
-                    memory,
-                    run_id=self._agent.identity.run_id.hex,
-                    options=options,
-                    ends_at=ends_at,
-                    stopped=self._stopping.is_set,
-                )
-                nbytes = len(card.members) and card.parity * done.parity.block_bytes
-                total, crc = _end_payload(memory, nbytes, crc32c(memory[:nbytes]), done.parity.fields())
-                self._parity.seal(segment.name, generation_of_parity, total, crc)
-            except BaseException:
-                self._parity.discard(segment.name, generation_of_parity)
-                raise
-            made = segment, generation_of_parity
-            facts = {"pulled_bytes": done.pulled_nbytes, "pull_s": done.pull_s, "code_s": done.code_s}
+        """Parity first, then the vote. What is made stays until something newer needs its place, whatever becomes of the vote."""
+        ends_at = time.monotonic() + self._agent.options.protect_timeout_s
+
+        def stopped() -> bool:
+            return self._stopping.is_set() or not self._is_sealed(name, generation)
+
         try:
-            changed = self._vote(card, ends_at)
-        except BaseException:
-            if made is not None:
-                self._parity.discard(made[0].name, made[1])
+            facts = self._make_parity(card, ends_at, stopped) if card.parity else {}
+        except BaseException as error:
+            text = error.message if isinstance(error, CheckpointError) else f"{type(error).__name__}: {error}"
+            self._tell_failure(card, text)
             raise
+        changed = self._vote(card, ends_at, stopped)
         with self._lock:
-            self._progress[card.step, card.attempt].changed |= changed
-        if made is not None:
-            self._parity.protect(made[0].name, made[1])
-        self._agent.slots.protect(name, generation)
+            self._progress.setdefault((card.step, card.attempt), _Progress()).changed |= changed
+        if not self._mark_protected(card.step, card.attempt):
+            raise PeerError(f"the image of step {card.step} was given up", kind="peer-stopped")
         return facts
 
-    def _vote(self, card: Card, ends_at: float) -> bool:
-        """Tell rank 0's agent that this rank's part is protected, and wait until all are. Whether a structure changed."""
+    def _make_parity(self, card: Card, ends_at: float, stopped: Callable[[], bool]) -> dict[str, Any]:
+        cards = protect.cards_of_group(card, self._peers, ends_at=ends_at, stopped=stopped)
+        self._drop_failed(self._parity)
+        segment = self._parity.begin(step=card.step, attempt=card.attempt, epoch=0, world=card.world)
+        generation = segment.header.generation
+        try:
+            memory = segment.payload()
+            done = protect.make_parity(
+                cards,
+                card.rank,
+                self._peers,
+                memory,
+                run_id=self._agent.identity.run_id.hex,
+                options=self._agent.options,
+                ends_at=ends_at,
+                stopped=stopped,
+            )
+            nbytes = card.parity * done.parity.block_bytes
+            total, crc = _end_payload(memory, nbytes, crc32c(memory[:nbytes]), done.parity.fields())
+            self._parity.seal(segment.name, generation, total, crc)
+        except BaseException:
+            self._parity.discard(segment.name, generation)
+            raise
+        return {"pulled_bytes": done.pulled_nbytes, "pull_s": done.pull_s, "code_s": done.code_s}
+
+    def _is_sealed(self, name: str, generation: int) -> bool:
+        """Whether the image still waits for its protection: nobody has chosen it, or another one."""
+        header = self._agent.slots.by_name().get(name)
+        return header is not None and (header.generation, header.state) == (generation, State.SEALED)
+
+    def _mark_protected(self, step: int, attempt: str) -> bool:
+        """All have voted. False: the image is gone. May be called twice."""
+        with self._lock:
+            for slots in (self._parity, self._agent.slots):
+                for name, header in slots.by_name().items():
+                    if (header.step, header.attempt) == (step, attempt) and header.state is State.SEALED:
+                        slots.protect(name, header.generation)
+            return self._is_protected(step, attempt)
+
+    def _vote(self, card: Card, ends_at: float, stopped: Callable[[], bool]) -> bool:
+        """Tell rank 0's agent that this rank's part is protected, and wait until all are. Whether a structure changed.
+
+        Once the vote is out, others may count on it: so it is withdrawn when the time is over, which rank 0's agent refuses
+        when all had voted. While that agent cannot be reached nobody knows, and both snapshots stay, until it can be, or the
+        job begins anew.
+        """
         changed = self._progress[card.step, card.attempt].changed
-        payload = {
+        payload: dict[str, Any] = {
             "step": card.step, "attempt": card.attempt, "world": card.world, "rank": card.rank, "changed": changed,
         }  # fmt: skip
-        pause_s = _VOTE_S[0]
+        pause_s, counter, trouble = _VOTE_S[0], None, "not all ranks have protected theirs in time"
         while True:
-            left_s = ends_at - time.monotonic()
-            if left_s <= 0 or self._stopping.is_set():
-                raise PeerError(f"not all ranks have protected step {card.step} in time", kind="peer-late")
-            answer = self._count(payload) if card.rank == 0 else self._peers[0].call("vote", payload, deadline_s=left_s)
-            if answer["all"]:
-                return bool(answer["changed"])
+            late = time.monotonic() > ends_at
+            if late:
+                payload["failed"] = trouble
+            try:
+                answer = self._ask_for_votes(card, payload, max(_TELL_S, ends_at - time.monotonic()))
+            except PeerError as error:
+                trouble = error.message
+            else:
+                if answer["all"]:
+                    return bool(answer["changed"])
+                # Its successor holds what it held, and would know if all had voted (`_count`).
+                counter = counter or answer["counter"]
+                if answer["failed"] or answer["counter"] != counter:
+                    why = answer["failed"] or "the agent of rank 0 was started anew"
+                    raise PeerError(f"step {card.step} is not protected everywhere: {why}", kind="peer-late")
+            if stopped():
+                raise PeerError(f"step {card.step} was given up", kind="peer-stopped")
             time.sleep(pause_s)
             pause_s = min(2 * pause_s, _VOTE_S[1])
 
+    def _ask_for_votes(self, card: Card, payload: dict[str, Any], deadline_s: float) -> dict[str, Any]:
+        if card.rank == 0:
+            return self._count(payload)
+        peer = self._peers.get(0)
+        if peer is None:
+            raise PeerError("the agent of rank 0 is not known", kind="peer-unreachable")
+        return peer.call("vote", payload, deadline_s=deadline_s)
+
+    def _tell_failure(self, card: Card, why: str) -> None:
+        """So that the others do not wait for this rank's vote. It was not given, so nothing hangs on whether this arrives."""
+        payload = {"step": card.step, "attempt": card.attempt, "world": card.world, "rank": card.rank, "changed": False}
+        try:
+            self._ask_for_votes(card, {**payload, "failed": why}, _TELL_S)
+        except CheckpointError as error:
+            self._agent.log.tell("failure-not-told", step=card.step, error=error.message)
+
     def _count(self, payload: dict[str, Any]) -> dict[str, Any]:
-        of = (int(payload["step"]), str(payload["attempt"]), int(payload["world"]))
+        """Take a vote, or its withdrawal. Rank 0's own image is marked before anybody hears that all have voted: what an agent
+        that is started anew finds in memory is then what the others may have been told."""
+        step, attempt, world = of = (int(payload["step"]), str(payload["attempt"]), int(payload["world"]))
         with self._lock:
-            votes = self._votes.setdefault(of, {})
-            votes[int(payload["rank"])] = bool(payload["changed"])
-            while len(self._votes) > _VOTES_KEPT:
-                self._votes.popitem(last=False)
-            return {"all": len(votes) == of[2], "changed": any(votes.values())}
+            ballot = self._ballots.setdefault(of, _Ballot(whole=self._is_protected(step, attempt)))
+            while len(self._ballots) > _BALLOTS_KEPT:
+                self._ballots.popitem(last=False)
+            if not ballot.whole and not ballot.failed:
+                rank, failed = int(payload["rank"]), str(payload.get("failed") or "")
+                if failed:
+                    ballot.failed = f"rank {rank}: {failed}"
+                else:
+                    ballot.votes[rank] = bool(payload["changed"])
+                if len(ballot.votes) == world and not ballot.failed:
+                    ballot.whole, ballot.changed = self._mark_protected(step, attempt), any(ballot.votes.values())
+                    ballot.failed = "" if ballot.whole else "rank 0: its image was given up"
+                if ballot.whole or ballot.failed:
+                    ballot.votes.clear()
+            counter = str(self._agent.identity.incarnation)
+            return {"all": ballot.whole, "failed": ballot.failed, "changed": ballot.changed, "counter": counter}
+
+    def _is_protected(self, step: int, attempt: str) -> bool:
+        headers = self._agent.slots.headers()
+        return any((h.step, h.attempt) == (step, attempt) and h.state is State.PROTECTED for h in headers)
 
     # peers ask
 
@@ -348,7 +502,11 @@ class Member:
     def call(self, name: str, payload: dict[str, Any]) -> dict[str, Any]:
         """The answer to a peer."""
         if name == "card":
-            return {"card": self._card(int(payload["step"]), str(payload["attempt"]))}
+            step, attempt = int(payload["step"]), str(payload["attempt"])
+            return {"card": self._card(step, attempt), "missed": self._missed.get((step, attempt), "")}
+        if name == "moved":
+            self._moved(int(payload["rank"]), str(payload["address"]))
+            return {}
         if name == "vote":
             return self._count(payload)
         if name == "inventory":
@@ -365,25 +523,43 @@ class Member:
     def inventory(self) -> Inventory:
         """What is whole here: every byte is looked at, and what is damaged is dropped and told in the log."""
         blobs, parities = [], []
-        for slots in (self._agent.slots, self._parity):
-            for segment in slots.all():
-                header = segment.header
-                if not header.is_complete:
-                    continue
-                try:
-                    if not segment.is_whole:
-                        raise DamagedError(f"the checksum of segment `{segment.name}` is wrong", kind="bad-checksum")
-                    payload = segment.payload()[: header.image_bytes]
-                    record, _ = blob.read_record(payload, what=f"segment `{segment.name}`")
-                    if slots is self._parity:
-                        parities.append(Parity.from_fields(record))
-                    else:
-                        blobs.append(Card.from_fields(record))
-                except CheckpointError as error:
-                    self._agent.log.tell("damaged", step=header.step, segment=segment.name, error=error.message)
-                    slots.discard(segment.name, header.generation)
+        for segment in self._agent.slots.all():
+            record = self._record(self._agent.slots, segment, Card.from_fields)
+            blobs += [] if record is None else [record]
+        for segment in self._parity.all():
+            made = self._record(self._parity, segment, Parity.from_fields)
+            parities += [] if made is None else [made]
         address = "" if self._server is None else self._server.address
         return Inventory(address=address, blobs=tuple(blobs), parities=tuple(parities))
+
+    def _record(self, slots: Slots, segment: Segment, parse: Callable[[Any], _Record]) -> _Record | None:
+        """What a segment holds; None when that is nothing whole. What was written over meanwhile is not damaged."""
+        header = segment.header
+        if not header.is_complete:
+            return None
+        try:
+            if not segment.is_whole:
+                raise DamagedError(f"the checksum of segment `{segment.name}` is wrong", kind="bad-checksum")
+            return parse(blob.read_record(segment.payload()[: header.image_bytes], what=f"segment `{segment.name}`")[0])
+        except CheckpointError as error:
+            now = segment.header
+            if now.generation == header.generation and now.is_complete:
+                self._agent.log.tell("damaged", step=header.step, segment=segment.name, error=error.message)
+                with contextlib.suppress(AgentError):  # begun anew since that look
+                    slots.discard(segment.name, header.generation)
+            return None
+
+
+def _is_free(host: str, port: int) -> bool:
+    """Whether nobody listens there. Flight itself would share the port with whoever does."""
+    try:
+        family, kind, protocol, _, place = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+        with socket.socket(family, kind, protocol) as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # connections of the last one may linger
+            probe.bind(place)
+        return True
+    except OSError:
+        return False
 
 
 def _end_payload(memory: memoryview, nbytes: int, crc: int, fields: dict[str, Any]) -> tuple[int, int]:

@@ -25,7 +25,7 @@ from typing import Any, Protocol
 
 from ckpt.agent import methods, segments
 from ckpt.agent.admission import Admission, Session
-from ckpt.agent.identity import Identity, Places, memory_folder, places, private_folders, runtime_folders
+from ckpt.agent.identity import Identity, Places, memory_folder, parity_folder, places, private_folders, runtime_folders
 from ckpt.agent.log import AgentLog
 from ckpt.agent.server import Server
 from ckpt.agent.slots import Slots
@@ -58,6 +58,7 @@ class Agent:
     admission: Admission
     slots: Slots
     log: AgentLog
+    more_slots: list[Slots] = dataclasses.field(default_factory=list)  # of plugins; complete when `start` returns
 
 
 def run(
@@ -140,10 +141,11 @@ def _end(agent: Agent, plugins: Sequence[Plugin], reason: str) -> None:
 def _abandon(agent: Agent) -> None:
     """The grace is over and somebody does not finish: give everything back and go."""
     agent.log.tell("ended", reason="did not finish within the grace")
-    for path in segments.listing(memory_folder(agent.options)):
-        with contextlib.suppress(CheckpointError):
-            if segments.peek(path).owner.pid == os.getpid():
-                path.unlink(missing_ok=True)
+    for folder in (memory_folder(agent.options), parity_folder(agent.options)):
+        for path in segments.listing(folder):
+            with contextlib.suppress(CheckpointError):
+                if segments.peek(path).owner.pid == os.getpid():
+                    path.unlink(missing_ok=True)
     agent.places.state.unlink(missing_ok=True)
     os._exit(1)
 
@@ -160,7 +162,8 @@ def _ticker(agent: Agent) -> Callable[[], None]:
         now = time.monotonic()
         if now >= next_touch[0]:
             next_touch[0] = now + agent.options.agent_heartbeat_s
-            agent.slots.touch()
+            for slots in (agent.slots, *agent.more_slots):
+                slots.touch()
         if agent.admission.lease_left_s <= 0:
             agent.server.stop("the lease is over: no trainer came")
 

@@ -41,8 +41,14 @@ def nbytes_needed(blob_bytes: int, *, num_members: int, parity: int) -> int:
     return Stripes(image_nbytes=(blob_bytes,) * num_members, num_parity=parity).parity_nbytes
 
 
-def cards_of_group(card: Card, peers: Mapping[int, Peer], *, ends_at: float) -> tuple[Card, ...]:
-    """The cards of all members for the step of `card`. PeerError when one has none by `ends_at` (of `time.monotonic`)."""
+def cards_of_group(
+    card: Card, peers: Mapping[int, Peer], *, ends_at: float, stopped: Callable[[], bool] = lambda: False
+) -> tuple[Card, ...]:
+    """The cards of all members for the step of `card`.
+
+    Raises:
+        PeerError: one has none by `ends_at` (of `time.monotonic`), or says that it will have none.
+    """
     found = {card.rank: card}
     pause_s = _ASK_S[0]
     while True:
@@ -56,8 +62,12 @@ def cards_of_group(card: Card, peers: Mapping[int, Peer], *, ends_at: float) -> 
             answer = peers[rank].call("card", {"step": card.step, "attempt": card.attempt}, deadline_s=left_s)
             if answer.get("card") is not None:
                 found[rank] = _fitting(Card.from_fields(answer["card"]), card)
+            elif answer.get("missed"):
+                raise PeerError(f"rank {rank} has no step {card.step}: {answer['missed']}", kind="peer-not-held")
         if len(found) == len(card.members):
             return tuple(found[rank] for rank in card.members)
+        if stopped():
+            raise PeerError(f"step {card.step} was given up", kind="peer-stopped")
         time.sleep(pause_s)
         pause_s = min(2 * pause_s, _ASK_S[1])
 

@@ -137,6 +137,11 @@ class Slots:
         with self._lock:
             return [one.header for one in self._segments]
 
+    def by_name(self) -> dict[str, Header]:
+        """Of all segments, at one moment."""
+        with self._lock:
+            return {one.name: one.header for one in self._segments}
+
     def describe(self) -> list[dict[str, Any]]:
         """All segments for an answer, in the order of `all`."""
         with self._lock:

@@ -12,6 +12,7 @@ import logging
 import os
 import secrets
 import socket
+import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Mapping
@@ -39,6 +40,7 @@ from ckpt.engine.world import World, raise_together
 from ckpt.errors import AgentError, CheckpointError, InvalidInputError, PeerError, SaveFailedError
 
 _POLL_S = (0.002, 0.1)  # between two questions to the agent: at first, and at most
+_REVIVE_S = 10.0  # between two attempts to start an agent that has died
 _REST_BYTES = 4 << 20  # room for a receipt beside what the size of the image suggests
 _log = logging.getLogger("ckpt")
 
@@ -62,7 +64,7 @@ class Tier:
         self._url, self._world, self._memory, self._options = url, world, memory, options
         self._storage = dict(storage or {})
         self._run_id = run_id_of(url)
-        self._taken: dict[int, tuple[Described, Mapped]] = {}  # address of the memory -> what it is
+        self._taken: dict[int, tuple[Described, Mapped, Client]] = {}  # address of the memory -> what it is, and whose
         self._mapped: dict[str, Mapped] = {}
         self._client: Client | None = None
         self._secret = b""
@@ -70,6 +72,12 @@ class Tier:
         self._capacity_bytes = 0
         self._inventories: list[Inventory] = []
         self._own_address = ""
+        self._epoch = 0
+        self._joined: dict[str, Any] = {}  # what the agent was told of its group
+        self._reviving: threading.Thread | None = None
+        self._revive_at = 0.0  # of `time.monotonic`: not before
+        self._closing = False
+        self._lock = threading.Lock()  # of the client and what is mapped, where an agent is started anew
         self._connect()
 
     # all ranks together
@@ -107,6 +115,7 @@ class Tier:
         if not self._secret:
             fresh = self._gather({"secret": secrets.token_hex(SECRET_BYTES) if rank == 0 else ""})
             self._secret = bytes.fromhex(fresh[0]["secret"])
+        self._epoch = epoch
         found = self._together(lambda: self._start(epoch, mine), "agents may have been started")
         self._addresses = [str(one["address"]) for one in found]
         self._own_address = self._addresses[rank]
@@ -134,12 +143,21 @@ class Tier:
 
     def _start(self, epoch: int, mine: _Seat) -> dict[str, Any]:
         self._client = start_or_adopt(self._identity, self._options, epoch=epoch)
-        params = {"secret": self._secret.hex(), "host": mine.address, "port": 0}
-        address = self._client.call("listen", params)[0]["address"]
+        address = self._listen(self._client, port=0)
         held = [self._client.call("inventory", timeout_s=self._options.inventory_timeout_s)[0]]
         if mine.seat == 0:
             held += self._unattached()
         return {"address": address, "held": held}
+
+    def _listen(self, client: Client, *, port: int) -> str:
+        """Let the agent serve its peers; its address.
+
+        Args:
+            port: where peers look for it already; another one is taken when that is not free.
+        """
+        mine = self._seats[self._world.rank]
+        params = {"secret": self._secret.hex(), "host": mine.address, "port": port}
+        return str(client.call("listen", params)[0]["address"])
 
     def _unattached(self) -> list[dict[str, Any]]:
         """What agents of this host hold whose seat nobody takes any more."""
@@ -163,7 +181,8 @@ class Tier:
     def reserve(self, nbytes: int, *, pinned: bool) -> None:
         """As Keeper.reserve; puts the ranks into groups. All ranks call."""
         capacity = nbytes + nbytes // 64 + _REST_BYTES
-        sizes = self._gather({"capacity": capacity})
+        sizes = self._gather({"capacity": capacity, "address": self._own_address})
+        self._addresses = [str(one["address"]) for one in sizes]  # an agent may have been started anew
         grouping = self._groups()
         group = grouping.group_of(self._world.rank) if grouping is not None else None
         members = group.ranks if group is not None else (self._world.rank,)
@@ -171,6 +190,7 @@ class Tier:
         largest = max(int(sizes[rank]["capacity"]) for rank in members)
         room = protect.nbytes_needed(largest, num_members=len(members), parity=parity) if parity else 0
         addresses = {str(rank): self._addresses[rank] for rank in {*members, 0}}
+        everybody = {str(rank): address for rank, address in enumerate(self._addresses)}
         params = {
             "rank": self._world.rank,
             "world": self._world.size,
@@ -182,12 +202,18 @@ class Tier:
 
         def work() -> dict[str, Any]:
             assert self._client is not None
-            self._mapped = {one.name: one for one in self._client.reserve(capacity)}
-            self._client.call("join", params, timeout_s=self._options.agent_start_timeout_s + room / 50e6)
+            self._mapped = self._reserve(self._client, capacity, params)
             return {}
 
         self._together(work, "nothing was saved")
         self._capacity_bytes, self._group = capacity, group
+        # All vote at rank 0's agent: of a new one, all must hear.
+        self._joined = {**params, "tell": everybody if self._world.rank == 0 else addresses}
+
+    def _reserve(self, client: Client, capacity_bytes: int, join: dict[str, Any]) -> dict[str, Mapped]:
+        mapped = {one.name: one for one in client.reserve(capacity_bytes)}
+        client.call("join", join, timeout_s=self._options.agent_start_timeout_s + join["parity_bytes"] / 50e6)
+        return mapped
 
     def _groups(self) -> Grouping | None:
         """The groups of this job; None for one rank alone, which nobody can protect."""
@@ -205,28 +231,64 @@ class Tier:
 
     def begin(self, step: int, attempt: str, nbytes: int) -> NDArray[np.uint8] | None:
         """As Keeper.begin."""
-        assert self._client is not None
-        if nbytes + nbytes // 64 + _REST_BYTES > self._capacity_bytes:
-            _log.warning("step %d: an image of %d bytes does not fit into the agent's memory", step, nbytes)
+        client, mapped = self._working()
+        if client is None:
             return None
         try:
-            began = self._client.begin(step, attempt)
+            if nbytes + nbytes // 64 + _REST_BYTES > self._capacity_bytes:
+                _log.warning("step %d: an image of %d bytes does not fit into the agent's memory", step, nbytes)
+                client.call("pass_over", {"step": step, "attempt": attempt})
+                return None
+            began = client.begin(step, attempt)
+            found = mapped[began.name]
+            if any(found.is_same(other) for _, other, _ in self._taken.values()):
+                # A copy for the agent that has died still writes there.
+                client.abandon(began)
+                return None
         except AgentError as error:
             if error.kind in ("busy", "agent-gone", "timeout"):
                 _log.warning("step %d is not kept in memory: %s", step, error.message)
                 return None
             raise
-        mapped = self._mapped[began.name]
-        memory = np.frombuffer(mapped.memory, np.uint8)
-        self._taken[memory.ctypes.data] = began, mapped
+        memory = np.frombuffer(found.memory, np.uint8)
+        self._taken[memory.ctypes.data] = began, found, client
         return memory
+
+    def _working(self) -> tuple[Client | None, dict[str, Mapped]]:
+        """The agent, unless it has died; then another one is started meanwhile, which takes over what lies in memory."""
+        with self._lock:
+            client, mapped = self._client, self._mapped
+            if client is None or client.is_open or self._closing:
+                return client, mapped
+            if self._reviving is None and time.monotonic() >= self._revive_at:
+                _log.warning("the agent of rank %d is gone; another one is started", self._world.rank)
+                self._reviving = threading.Thread(target=self._revive, name="ckpt-revive", daemon=True)
+                self._reviving.start()
+            return None, mapped
+
+    def _revive(self) -> None:
+        """Start an agent in place of one that has died, and tell its peers where it is. No collective call."""
+        client: Client | None = None
+        try:
+            client = start_or_adopt(self._identity, self._options, epoch=self._epoch)
+            address = self._listen(client, port=int(self._own_address.rpartition(":")[2]))
+            mapped = self._reserve(client, self._capacity_bytes, self._joined)
+        except CheckpointError as error:
+            _log.warning("no agent for rank %d: %s", self._world.rank, error.message)
+            if client is not None:
+                client.close()
+            with self._lock:
+                self._reviving, self._revive_at = None, time.monotonic() + _REVIVE_S
+            return
+        with self._lock:
+            self._client, self._mapped, self._own_address, self._reviving = client, mapped, address, None
+        _log.warning("rank %d has an agent again, pid %s", self._world.rank, client.agent.get("pid"))
 
     def seal(
         self, memory: NDArray[np.uint8], *, image_bytes: int, receipt: bytes, request: Request, changed: bool
     ) -> None:
         """As Keeper.seal."""
-        assert self._client is not None
-        began, _ = self._taken[memory.ctypes.data]
+        began, _, client = self._taken[memory.ctypes.data]
         rest = blob.pack_rest(receipt, request)
         blob_bytes = image_bytes + len(rest)
         if blob_bytes + AGENT_RECORD_BYTES_MAX > len(memory):
@@ -242,12 +304,11 @@ class Tier:
             "blob_bytes": blob_bytes,
             "changed": changed,
         }
-        self._client.call("keep", params)
+        client.call("keep", params)
 
     def flush(self, memory: NDArray[np.uint8]) -> None:
         """As Keeper.flush."""
-        assert self._client is not None
-        began, _ = self._taken[memory.ctypes.data]
+        began, _, client = self._taken[memory.ctypes.data]
         params = {
             "name": began.name,
             "generation": began.generation,
@@ -255,7 +316,7 @@ class Tier:
             "storage_options": self._storage,
             "options": options_for_agent(self._options),
         }
-        self._client.call("flush", params)
+        client.call("flush", params)
 
     def stored(self, step: int, attempt: str, timeout_s: float) -> bool:
         """As Keeper.stored."""
@@ -265,9 +326,7 @@ class Tier:
             known = getattr(errors, error["class"], SaveFailedError)
             raise known(error["message"], kind=error["kind"])
         if answer["state"] != "stored":
-            raise SaveFailedError(
-                f"the agent does not know of step {step}: it was started anew", kind="outcome-unknown"
-            )
+            raise AgentError(f"the agent does not know of step {step}: it was started anew", kind="agent-gone")
         return bool(answer["changed"])
 
     def protected(self, step: int, attempt: str, timeout_s: float) -> bool:
@@ -278,10 +337,11 @@ class Tier:
         return bool(answer["changed"])
 
     def _poll(self, method: str, step: int, attempt: str, running: tuple[str, ...], timeout_s: float) -> dict[str, Any]:
-        assert self._client is not None
+        client = self._client  # one that was started anew knows nothing of it
+        assert client is not None
         ends_at, pause_s = time.monotonic() + timeout_s, _POLL_S[0]
         while True:
-            answer = self._client.call(method, {"step": step, "attempt": attempt})[0]
+            answer = client.call(method, {"step": step, "attempt": attempt})[0]
             if answer["state"] not in running:
                 return answer
             if time.monotonic() > ends_at:
@@ -291,15 +351,19 @@ class Tier:
 
     def release(self, memory: NDArray[np.uint8], *, sealed: bool) -> None:
         """As Keeper.release."""
-        began, _ = self._taken.pop(memory.ctypes.data)
-        if not sealed and self._client is not None:
+        began, _, client = self._taken.pop(memory.ctypes.data)
+        if not sealed and client.is_open:
             try:
-                self._client.abandon(began)
+                client.abandon(began)
             except CheckpointError as error:
                 _log.warning("the agent did not hear that step %d was given up: %s", began.step, error.message)
 
     def close(self, *, over: bool) -> None:
         """As Keeper.close."""
+        with self._lock:
+            self._closing, reviving = True, self._reviving
+        if reviving is not None:
+            reviving.join(self._options.agent_start_timeout_s)
         client, self._client = self._client, None
         if client is None:
             return
@@ -319,9 +383,17 @@ class Tier:
 
     def chosen(self, number: int | None) -> None:
         """As MemoryTier.chosen: what else this rank's agent holds is dropped."""
-        if self._client is not None and number is not None:
+        client, _ = self._working()
+        if client is None:
+            return
+        params: dict[str, Any] = {}
+        if number is not None:
             candidate = self.candidates()[number]
-            self._client.call("choose", {"step": candidate.step, "attempt": candidate.attempt})
+            params = {"step": candidate.step, "attempt": candidate.attempt}
+        try:
+            client.call("choose", params)
+        except AgentError as error:  # this rank alone knows, and all have loaded
+            _log.warning("the agent of rank %d did not hear what was restored: %s", self._world.rank, error.message)
 
     def open(self, number: int) -> SnapshotStore:
         """As MemoryTier.open. All ranks call."""
@@ -330,12 +402,6 @@ class Tier:
             run_id=self._run_id.hex, secret=self._secret, member=f"trainer-{os.getpid()}-{self._world.rank}"
         )
         peers: dict[str, Peer] = {}
-        local: dict[str, Mapped] = {}
-        if self._client is not None:
-            mapped = {one.name: one for one in self._client.attach()}
-            for described in self._client.segments():
-                if (described.step, described.attempt) == (candidate.step, candidate.attempt):
-                    local[self._own_address] = mapped[described.name]
 
         def peer(address: str) -> Peer:
             if address not in peers:
@@ -346,10 +412,24 @@ class Tier:
             candidate,
             run_id=self._run_id.hex,
             peer=peer,
-            local=local,
+            local=self._local(candidate),
             world=self._world,
             options=self._options,
         )
+
+    def _local(self, candidate: Candidate) -> dict[str, Mapped]:
+        """What this rank's own agent holds of a candidate; nothing when it does not answer: others must not wait for that."""
+        client, _ = self._working()
+        if client is None:
+            return {}
+        try:
+            mapped = {one.name: one for one in client.attach()}
+            of = candidate.step, candidate.attempt
+            held = [mapped[one.name] for one in client.segments() if (one.step, one.attempt) == of]
+            return {self._own_address: held[-1]} if held else {}
+        except CheckpointError as error:
+            _log.warning("rank %d reads nothing out of its own agent's memory: %s", self._world.rank, error.message)
+            return {}
 
 
 def own_address() -> str:

@@ -11,7 +11,7 @@ import click
 from ckpt import config
 from ckpt.agent import discover, segments
 from ckpt.agent.discover import Found
-from ckpt.agent.identity import Identity, memory_folder, run_id_of
+from ckpt.agent.identity import Identity, memory_folder, parity_folder, run_id_of
 from ckpt.agent.segments import Leftover
 from ckpt.agent.spawn import arguments
 from ckpt.cli import texts
@@ -112,7 +112,8 @@ def _look(url: str | None, rank: int | None, options: Options) -> tuple[list[Fou
     run_id = run_id_of(url) if url is not None else None
     left = [
         one
-        for one in segments.leftovers(memory_folder(options))
+        for folder in (memory_folder(options), parity_folder(options))
+        for one in segments.leftovers(folder)
         if (run_id is None or (one.header is not None and one.header.run_id == run_id))
         and (rank is None or (one.header is not None and one.header.rank == rank))
     ]

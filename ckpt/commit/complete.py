@@ -58,7 +58,7 @@ class Completion:
         receipts_of.leave_receipt(self._store, request.step, attempt, self._rank, self._world, payload)
         if self._rank == 0:
             return self._commit(request, attempt, timeline, decide)
-        return self._await(request.step, attempt, timeline)
+        return self.outcome(request.step, attempt, timeline)
 
     def published_change(self, step: int, attempt: str) -> bool | None:
         """Whether a structure changed with an attempt that is the checkpoint of its step after all; None when it is not known
@@ -121,7 +121,8 @@ class Completion:
         self._drop_receipts(step, attempt)
         return assembled.manifest.structure_changed
 
-    def _await(self, step: int, attempt: str, timeline: Timeline) -> bool:
+    def outcome(self, step: int, attempt: str, timeline: Timeline) -> bool:
+        """Step 7, on any rank but 0: wait until the attempt is published. Whether a structure changed."""
         timeout_s = self._options.commit_timeout_s + self._options.outcome_grace_s
         with timeline.phase("commit"):
             publishing.await_outcome(self._store, step, attempt, timeout_s=timeout_s, options=self._options)

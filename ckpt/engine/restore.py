@@ -6,6 +6,7 @@ next one, and is told. All ranks choose alike, from what they gathered when the 
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 import time
 from collections.abc import Sequence
@@ -18,7 +19,7 @@ from ckpt.engine.load import Rename
 from ckpt.engine.pending import first_line
 from ckpt.engine.reader import StoredCheckpoint
 from ckpt.engine.run import Run, State
-from ckpt.errors import CheckpointError, MismatchError, NotFoundError, RankFailedError
+from ckpt.errors import CheckpointError, DamagedError, MismatchError, NotFoundError, RankFailedError
 from ckpt.layout.layout import Layout
 from ckpt.store.base import Store
 
@@ -78,11 +79,13 @@ def restore(
 
     Raises:
         MismatchError: names, shapes or dtypes differ from what was saved.
+        DamagedError: `nothing-restored`: memory had a snapshot that failed on the way, and nothing else is there.
     """
     start = time.perf_counter()
     passed_over: list[str] = []
+    touched: CheckpointError | None = None  # by a load that failed on some rank
     if tier is not None:
-        stored_step = run.newest_step()
+        stored_step = _stored_step(run, tier, passed_over)
         for number, candidate in enumerate(tier.candidates()):
             if candidate.step < stored_step:
                 break
@@ -91,35 +94,28 @@ def restore(
                     f"step {candidate.step} in memory: of ranks {list(candidate.lost)} too little is left"
                 )
                 continue
-            error: CheckpointError | None = None
-            try:
-                store = tier.open(number)
-                stored = StoredCheckpoint(store, candidate.step, run.options)
-                loaded = run.load_from(stored, state, layout, strict=strict, rename=rename)
-            except CheckpointError as problem:
-                error = problem
-            if not _all_well(run, error):
-                passed_over.append(
-                    f"step {candidate.step} in memory: {first_line(error) if error else 'other ranks failed'}"
+            done, error = _from_memory(run, tier, number, state, layout, strict=strict, rename=rename)
+            if done is not None:
+                tier.chosen(number)
+                return _told(
+                    run,
+                    dataclasses.replace(done, seconds=time.perf_counter() - start, passed_over=tuple(passed_over)),
                 )
-                continue
-            tier.chosen(number)
-            done = Restored(
-                step=candidate.step,
-                tier="memory",
-                seconds=time.perf_counter() - start,
-                nbytes=loaded.wanted_nbytes,
-                decoded_nbytes=store.decoded_nbytes,
-                lost_ranks=candidate.lost,
-                passed_over=tuple(passed_over),
-            )
-            store.close()
-            return _told(run, done)
+            touched = touched or error
+            passed_over.append(f"step {candidate.step} in memory: {first_line(error) if error else 'nothing was read'}")
     try:
         loaded = run.load(state, None, layout, strict=strict, rename=rename)
     except NotFoundError:
         for text in passed_over:
             _log.warning("nothing to restore: %s", text)
+        if touched is not None:
+            raise DamagedError(
+                f"nothing could be restored, and the state is partly overwritten: {first_line(touched)}",
+                kind="nothing-restored",
+                hints=("make the state anew before training from the beginning",),
+            ) from touched
+        if tier is not None:
+            tier.chosen(None)
         return None
     if tier is not None:
         tier.chosen(None)
@@ -131,6 +127,48 @@ def restore(
         passed_over=tuple(passed_over),
     )
     return _told(run, done)
+
+
+def _stored_step(run: Run, tier: MemoryTier, passed_over: list[str]) -> int:
+    """The newest step in the store. With a store that cannot be asked, what memory has is what is left; -1 then."""
+    try:
+        return run.newest_step()
+    except CheckpointError as error:  # on every rank
+        if not any(candidate.recoverable for candidate in tier.candidates()):
+            raise
+        passed_over.append(f"the store: {first_line(error)}")
+        return -1
+
+
+def _from_memory(
+    run: Run, tier: MemoryTier, number: int, state: State, layout: Layout | None, *, strict: bool, rename: Rename
+) -> tuple[Restored | None, CheckpointError | None]:
+    """Load a candidate; on every rank either what was done, or what stopped it on this rank or another."""
+    candidate = tier.candidates()[number]
+    error: CheckpointError | None = None
+    store: OpenedSnapshot | None = None
+    wanted = decoded = 0
+    try:
+        store = tier.open(number)
+        stored = StoredCheckpoint(store, candidate.step, run.options)
+        wanted = run.load_from(stored, state, layout, strict=strict, rename=rename).wanted_nbytes
+        decoded = store.decoded_nbytes
+    except CheckpointError as problem:
+        error = problem
+    finally:
+        if store is not None:
+            store.close()
+    if not _all_well(run, error):
+        return None, error or RankFailedError("other ranks failed", kind="rank-failed")
+    done = Restored(
+        step=candidate.step,
+        tier="memory",
+        seconds=0.0,
+        nbytes=wanted,
+        decoded_nbytes=decoded,
+        lost_ranks=candidate.lost,
+    )
+    return done, None
 
 
 def _all_well(run: Run, error: CheckpointError | None) -> bool:

@@ -8,6 +8,7 @@ the training thread; `finish` may run on another one, for one attempt after the 
 from __future__ import annotations
 
 import contextlib
+import logging
 import threading
 import time
 from collections.abc import Iterator
@@ -28,7 +29,7 @@ from ckpt.engine.keeper import Keeper
 from ckpt.engine.planned import Planned, Planner
 from ckpt.engine.worker import Worker
 from ckpt.engine.world import World
-from ckpt.errors import AlreadyExistsError, CheckpointError, SaveFailedError
+from ckpt.errors import AgentError, AlreadyExistsError, CheckpointError, SaveFailedError
 from ckpt.events import Timeline
 from ckpt.format import receipt
 from ckpt.format.checksum import sha256
@@ -44,6 +45,7 @@ from ckpt.store.base import Store
 
 # A fence that held longer than this makes later saves copy before they sum: 18 instead of 10 CPU ms per 100 MB, but sooner.
 _HURRY_S = 0.005
+_log = logging.getLogger("ckpt")
 
 
 class SaveSession:
@@ -195,10 +197,9 @@ class SaveSession:
                     )
                 attempt.sealed = True
                 if attempt.to_store:
-                    keeper.flush(memory)
                     with timeline.phase("write", nbytes=nbytes):
                         timeout_s = options.commit_timeout_s + options.outcome_grace_s
-                        changed = keeper.stored(step, attempt.id, timeout_s)
+                        changed = self._stored(attempt, memory, timeout_s)
                 else:
                     with timeline.phase("protect", nbytes=nbytes):
                         changed = keeper.protected(step, attempt.id, options.protect_timeout_s)
@@ -215,6 +216,19 @@ class SaveSession:
             structure_changed=changed and attempt.to_store,
             tier="store" if attempt.to_store else "memory",
         )
+
+    def _stored(self, attempt: Attempt, memory: NDArray[np.uint8], timeout_s: float) -> bool:
+        """Let the agent store the image, and wait. When it dies, it may have left its receipt: rank 0 decides, and this rank hears of it."""
+        assert self._keeper is not None
+        try:
+            self._keeper.flush(memory)
+            return self._keeper.stored(attempt.request.step, attempt.id, timeout_s)
+        except AgentError as error:
+            if self._world.rank == 0:
+                raise  # nobody else can publish it: it is aborted, unless it is published
+            _log.warning("step %d: its outcome is awaited without the agent: %s", attempt.request.step, error.message)
+            self._completion.report(attempt.request.step, attempt.id, error)
+            return self._completion.outcome(attempt.request.step, attempt.id, attempt.timeline)
 
     def _finish_here(self, attempt: Attempt) -> Saved:
         step, timeline = attempt.request.step, attempt.timeline
