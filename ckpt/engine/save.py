@@ -218,7 +218,7 @@ class SaveSession:
         )
 
     def _stored(self, attempt: Attempt, memory: NDArray[np.uint8], timeout_s: float) -> bool:
-        """Let the agent store the image, and wait. When it dies, it may have left its receipt: rank 0 decides, and this rank hears of it."""
+        """Let the agent store the image, and wait. One that dies may have left its receipt: rank 0 decides, and tells."""
         assert self._keeper is not None
         try:
             self._keeper.flush(memory)
