@@ -155,15 +155,16 @@ class Job:
         self.nodes = [Node(folder, rank) for rank in range(num_nodes)]
         self.lives = 0
         self._read = [0] * num_nodes  # bytes of the logs
-        self._maker = subprocess.Popen(
-            [sys.executable, "-m", "tests.drill.trainer"],
-            cwd=ROOT,
-            env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=(folder / "maker.err").open("w"),
-            text=True,
-        )
+        with (folder / "maker.err").open("w") as errors:
+            self._maker = subprocess.Popen(
+                [sys.executable, "-m", "tests.drill.trainer"],
+                cwd=ROOT,
+                env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=errors,
+                text=True,
+            )
 
     @property
     def run_id(self) -> str:

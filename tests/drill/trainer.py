@@ -1,4 +1,4 @@
-"""One rank of the drill's job: a state that follows from the step alone, kept in memory and in a store, checked when it comes back.
+"""One rank of the drill's job: a state that follows from the step alone, kept in memory and in a store.
 
 Run: `python -m tests.drill.trainer`. Imports once, then forks a trainer for every line of JSON that it reads, and prints its pid.
 A trainer tells what happens in JSON lines in a file of its own. Ends when told to stop, or killed.
