@@ -49,15 +49,11 @@ class Flush:
         self._agent = agent
         self._lock = threading.Lock()
         self._outcomes: OrderedDict[tuple[int, str], _Outcome] = OrderedDict()
-        self._stores: dict[object, Store] = {}  # by what they were opened with
+        self._opened: dict[object, tuple[Store, TokenBucket]] = {}  # by what they were opened with
         self._num_waiting = 0
         self._stopping = threading.Event()
-        options = agent.options
-        self._rate = TokenBucket(
-            bytes_per_s=options.write_bytes_per_s_max, burst_bytes=options.chunk_bytes, now_s=time.monotonic()
-        )
         self._thread = ThreadPoolExecutor(
-            1, thread_name_prefix="ckpt-flush", initializer=set_thread_nice, initargs=(options.flush_nice,)
+            1, thread_name_prefix="ckpt-flush", initializer=set_thread_nice, initargs=(agent.options.flush_nice,)
         )
 
     def begin(self, call: Call) -> dict[str, Any]:
@@ -75,7 +71,7 @@ class Flush:
 
         def work() -> None:
             try:
-                rest = self._told(of, lambda: self._write(segment, self._open(url, storage, given), given))
+                rest = self._told(of, lambda: self._write(segment, *self._open(url, storage, given), given))
             finally:
                 pin.__exit__(None, None, None)
             if rest is not None:
@@ -102,7 +98,7 @@ class Flush:
             time.sleep(0.01)
         self._stopping.set()
         self._thread.shutdown(cancel_futures=True)
-        for store in self._stores.values():
+        for store, _ in self._opened.values():
             store.close()
 
     def _told(self, of: tuple[int, str], work: Callable[[], _Value]) -> _Value | None:
@@ -140,13 +136,17 @@ class Flush:
             self._num_waiting += 1
         threading.Thread(target=work, name="ckpt-flush-wait", daemon=True).start()
 
-    def _open(self, url: str, storage: dict[str, Any], options: config.Options) -> Store:
+    def _open(self, url: str, storage: dict[str, Any], options: config.Options) -> tuple[Store, TokenBucket]:
+        """The store, and how fast it may be written to."""
         key = (url, repr(sorted(storage.items())), options)
-        if key not in self._stores:
-            self._stores[key] = open_store(url, options=options, storage_options=storage or None)
-        return self._stores[key]
+        if key not in self._opened:
+            rate = TokenBucket(
+                bytes_per_s=options.write_bytes_per_s_max, burst_bytes=options.chunk_bytes, now_s=time.monotonic()
+            )
+            self._opened[key] = open_store(url, options=options, storage_options=storage or None), rate
+        return self._opened[key]
 
-    def _write(self, segment: Segment, store: Store, options: config.Options) -> Callable[[], bool]:
+    def _write(self, segment: Segment, store: Store, rate: TokenBucket, options: config.Options) -> Callable[[], bool]:
         """The image is durable when this returns. The rest: receipt, then as rank 0 publish; whether a structure changed."""
         payload = segment.payload()[: segment.header.image_bytes]
         what = f"the image of step {segment.header.step}"
@@ -156,7 +156,7 @@ class Flush:
         completion = Completion(store, options, rank=card.rank, world=card.world)
         with completion.telling_others(card.step, card.attempt):
             key = f"{names.attempt_folder(card.step, card.attempt)}/{names.image_name(card.rank, card.world)}"
-            self._write_image(store, key, payload[: card.image_bytes], options)
+            self._write_image(store, rate, key, payload[: card.image_bytes], options)
 
         def rest() -> bool:
             with completion.telling_others(card.step, card.attempt):
@@ -165,7 +165,9 @@ class Flush:
 
         return rest
 
-    def _write_image(self, store: Store, key: str, image: memoryview, options: config.Options) -> None:
+    def _write_image(
+        self, store: Store, rate: TokenBucket, key: str, image: memoryview, options: config.Options
+    ) -> None:
         writer = store.open_writer(key, nbytes=len(image))
         write = getattr(writer, "write_lasting", writer.write)
         try:
@@ -173,7 +175,7 @@ class Flush:
                 if self._stopping.is_set():
                     raise SaveFailedError("the agent ends", kind="abandoned")
                 part = image[low : low + options.chunk_bytes]
-                time.sleep(self._rate.take(len(part), now_s=time.monotonic()))
+                time.sleep(rate.take(len(part), now_s=time.monotonic()))
                 write(part)
             writer.commit()
         except BaseException:

@@ -39,6 +39,7 @@ _KEPT = 16  # snapshots of which an agent remembers how far they are, and which 
 _BALLOTS_KEPT = 1024  # of the agent of rank 0; small once they are decided
 _VOTE_S = (0.005, 0.25)  # between two questions whether all have voted: at first, and at most
 _TELL_S = 2.0  # for a word to a peer that must not hold up anything
+_TELLERS = 16  # such words at a time
 
 
 _Record = TypeVar("_Record")
@@ -182,7 +183,7 @@ class Member:
         for peer in old.values():
             peer.close()
         self._agent.log.tell("joined", rank=membership.rank, world=membership.world, members=list(membership.members))
-        self._thread.submit(self._tell_address)
+        self._tell_address()
         return {}
 
     def _tell_address(self) -> None:
@@ -192,14 +193,20 @@ class Member:
             peers = dict(self._peers)
         if membership is None or server is None:
             return
-        for rank in untold:
+        if not untold:
+            return
+
+        def tell(rank: int) -> None:
             try:
                 peers[rank].call("moved", {"rank": membership.rank, "address": server.address}, deadline_s=_TELL_S)
             except CheckpointError as error:
                 self._agent.log.tell("address-not-told", rank=rank, error=error.message)
-                continue
+                return
             with self._lock:
                 self._untold.discard(rank)
+
+        with ThreadPoolExecutor(min(len(untold), _TELLERS), thread_name_prefix="ckpt-tell") as lanes:
+            list(lanes.map(tell, untold))
 
     def _moved(self, rank: int, address: str) -> None:
         """The agent of a rank was started anew, elsewhere."""

@@ -196,7 +196,10 @@ class Drill:
     def _recover(self) -> None:
         rng, limits = self.rng, {}
         if rng.random() < 0.15:
-            limits["write_bytes_per_s_max"] = {node.rank: "100000" for node in self.job.nodes}
+            self.note("the store is slow")
+            self.done["slow store"] += 1
+            limits["write_bytes_per_s_max"] = {node.rank: "50000" for node in self.job.nodes}
+            limits["chunk_bytes"] = {node.rank: "4096" for node in self.job.nodes}
         if self.job.lives and rng.random() < 0.1:
             self._start_without_memory()
         if self.job.lives and rng.random() < 0.1 and self.ledger.floor(store=False) >= 0:
