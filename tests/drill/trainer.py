@@ -23,7 +23,8 @@ import ckpt
 from ckpt.agent import tier
 from ckpt.config import Memory
 from ckpt.engine.pending import PendingSave
-from ckpt.errors import CheckpointError
+from ckpt.errors import CheckpointError, StoreError
+from ckpt.store.posix import PosixStore
 
 EVERY, MEMORY_EVERY = 24, 4  # steps between saves to the store, and to memory
 LENGTHS = (1, 4097, 0, 2048, 8192, 513)  # of the tensors that all ranks have
@@ -149,6 +150,25 @@ def through_link(real: str, link: str) -> None:
     tier.Tier._listen, tier.Tier._start = linked_listen, linked_start  # type: ignore[method-assign]
 
 
+def store_may_be_away(url: Path) -> None:
+    """To the trainers a store whose folder is gone (`Job.store_away`) is one that does not answer, and not an empty one."""
+    found, folders = PosixStore.exists, PosixStore.list_folders
+
+    def refuse() -> None:
+        if url.is_file():
+            raise StoreError(f"`{url}` does not answer", kind="unreachable")
+
+    def exists(self: PosixStore, key: str) -> bool:
+        refuse()
+        return found(self, key)
+
+    def list_folders(self: PosixStore, prefix: str) -> Any:
+        refuse()
+        return folders(self, prefix)
+
+    PosixStore.exists, PosixStore.list_folders = exists, list_folders  # type: ignore[method-assign]
+
+
 def live(given: dict[str, Any]) -> None:
     """The life of a forked trainer."""
     os.environ.update(given["environment"])
@@ -159,6 +179,7 @@ def live(given: dict[str, Any]) -> None:
     os.dup2(output, 2)
     logging.basicConfig(level=logging.WARNING, format="%(asctime)s %(message)s", force=True)
     through_link(given["real"], given["link"])
+    store_may_be_away(Path(given["url"]))
     try:
         trainer.run()
     except BaseException as error:
