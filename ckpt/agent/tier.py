@@ -200,15 +200,28 @@ class Tier:
             "parity_bytes": room + AGENT_RECORD_BYTES_MAX if room else 0,
         }
 
+        with self._lock:
+            self._capacity_bytes, self._group = capacity, group
+            # All vote at rank 0's agent: of a new one, all must hear.
+            self._joined = {**params, "tell": everybody if self._world.rank == 0 else addresses}
+
         def work() -> dict[str, Any]:
-            assert self._client is not None
-            self._mapped = self._reserve(self._client, capacity, params)
+            client, _ = self._working()
+            if client is None:
+                return {}  # the one that is started in its place reserves; what is for the store is saved all the same
+            try:
+                mapped = self._reserve(client, capacity, params)
+            except AgentError as error:
+                if error.kind not in ("agent-gone", "timeout"):
+                    raise
+                _log.warning("no memory was reserved: %s", error.message)
+                return {}
+            with self._lock:
+                if client is self._client:
+                    self._mapped = mapped
             return {}
 
         self._together(work, "nothing was saved")
-        self._capacity_bytes, self._group = capacity, group
-        # All vote at rank 0's agent: of a new one, all must hear.
-        self._joined = {**params, "tell": everybody if self._world.rank == 0 else addresses}
 
     def _reserve(self, client: Client, capacity_bytes: int, join: dict[str, Any]) -> dict[str, Mapped]:
         mapped = {one.name: one for one in client.reserve(capacity_bytes)}
@@ -272,7 +285,8 @@ class Tier:
         try:
             client = start_or_adopt(self._identity, self._options, epoch=self._epoch)
             address = self._listen(client, port=int(self._own_address.rpartition(":")[2]))
-            mapped = self._reserve(client, self._capacity_bytes, self._joined)
+            while not self._take_over(client, address):
+                pass  # other room was asked for meanwhile
         except CheckpointError as error:
             _log.warning("no agent for rank %d: %s", self._world.rank, error.message)
             if client is not None:
@@ -280,9 +294,16 @@ class Tier:
             with self._lock:
                 self._reviving, self._revive_at = None, time.monotonic() + _REVIVE_S
             return
-        with self._lock:
-            self._client, self._mapped, self._own_address, self._reviving = client, mapped, address, None
         _log.warning("rank %d has an agent again, pid %s", self._world.rank, client.agent.get("pid"))
+
+    def _take_over(self, client: Client, address: str) -> bool:
+        capacity, joined = self._capacity_bytes, self._joined
+        mapped = self._reserve(client, capacity, joined) if joined else {}
+        with self._lock:
+            if joined is not self._joined:
+                return False
+            self._client, self._mapped, self._own_address, self._reviving = client, mapped, address, None
+            return True
 
     def seal(
         self, memory: NDArray[np.uint8], *, image_bytes: int, receipt: bytes, request: Request, changed: bool

@@ -79,6 +79,20 @@ def test_all_agents_that_die_at_once_are_replaced(job: Job) -> None:
     end(job, told)
 
 
+def test_ranks_that_plan_anew_while_an_agent_is_gone_save_all_the_same(job: Job) -> None:
+    """A save that fails makes all ranks plan anew, and reserve memory again: with no agent, they go on without."""
+    told: list[dict[str, Any]] = []
+    job.start(step_s=0.004)
+    heard(job, told, lambda: len(durable(told, tier="store")) == 3, "nothing was stored")
+    with job.store_away():
+        heard(job, told, lambda: any(one["event"] in ("failed", "refused") for one in told), "no save has failed")
+        job.nodes[1].kill_agent()
+        hear_durable(job, told, "memory")
+    hear_durable(job, told, "store")
+    assert [one for one in told if one["event"] == "refused" and "agent" in one["error"]] == []
+    end(job, told)
+
+
 def test_a_flush_that_waits_for_a_lost_node_holds_up_neither_snapshots_nor_the_store(job: Job) -> None:
     """Rank 0's agent waits for the receipt of a node that is gone, for two minutes; the next life of the job must not."""
     told: list[dict[str, Any]] = []
