@@ -79,7 +79,7 @@ def run(
 def _live(
     identity: Identity, options: Options, where: Places, plugins: Sequence[Plugin], on_ready: Callable[[], None]
 ) -> str:
-    state = _read_state(where)
+    state = read_state(where)
     incarnation = max(state["incarnation"] + 1, time.time_ns() // 10**6)
     identity = dataclasses.replace(identity, incarnation=incarnation)
     _write_state(where, incarnation=incarnation, epoch=state["epoch"])
@@ -253,7 +253,7 @@ def _listen(path: Path) -> socket.socket:
     return listener
 
 
-def _read_state(where: Places) -> dict[str, int]:
+def read_state(where: Places) -> dict[str, int]:
     """What the agent before knew; nothing where it ended well."""
     out = {"incarnation": 0, "epoch": -1}
     try:

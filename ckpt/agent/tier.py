@@ -30,6 +30,7 @@ from ckpt.agent.groups import Member as Placed
 from ckpt.agent.identity import Identity, places, run_id_of
 from ckpt.agent.inventory import Candidate, Inventory, candidates
 from ckpt.agent.local import Client, Described, Mapped, connect
+from ckpt.agent.process import read_state
 from ckpt.agent.restore import SnapshotStore
 from ckpt.agent.spawn import start_or_adopt
 from ckpt.agent.transport.client import Peer
@@ -128,14 +129,14 @@ class Tier:
         return {"host": host, "domain": domain, "address": self._memory.address or own_address()}
 
     def _look(self) -> dict[str, Any]:
-        """What an agent of this seat, if one lives, knows already."""
+        """What an agent of this seat knows already, or the one that has died knew."""
+        where = places(self._identity, self._options)
         try:
-            where = places(self._identity, self._options)
             client = connect(where.socket, self._identity, self._options, role="observer")
         except AgentError as error:
             if error.kind != "no-agent":
                 raise
-            return {"epoch": 0, "secret": None}
+            return {"epoch": max(0, read_state(where)["epoch"]), "secret": None}  # as a dead one knew it
         try:
             return {"epoch": client.status()["epoch"], "secret": client.call("meet")[0]["secret"]}
         finally:

@@ -242,7 +242,8 @@ class SaveSession:
                     direct = self._write_image(attempt)  # 1. this rank's image is durable
                 self._refuse_changed(attempt)
                 with collector_paused():
-                    payload = receipt.pack(self._receipt(attempt))
+                    # The agent of rank 0 may commit: it has not what an earlier receipt of this process said.
+                    payload = receipt.pack(self._receipt(attempt, whole=self._keeper is not None))
                 changed = self._completion.complete(  # 2. receipt, 3. index durable, 4. manifest
                     attempt.request, attempt.id, payload, timeline, lambda: self._decide(attempt)
                 )

@@ -111,6 +111,40 @@ def test_a_flush_that_waits_for_a_lost_node_holds_up_neither_snapshots_nor_the_s
     end(job, life)
 
 
+def test_a_job_comes_back_when_all_its_agents_have_died_too(job: Job) -> None:
+    """What they knew, the newest epoch among it, is in their folders; what they held is in memory."""
+    told: list[dict[str, Any]] = []
+    for _ in range(2):
+        told.clear()
+        job.start(step_s=0.004)
+        hear_durable(job, told, "memory")
+        job.kill_trainers()
+    for node in job.nodes:
+        node.kill_agent()
+    told.extend(job.news())
+    newest_kept = max(one["step"] for one in told if one["event"] == "durable")
+    life: list[dict[str, Any]] = []
+    job.start(step_s=0.004)
+    heard(job, life, lambda: len([one for one in life if one["event"] == "restored"]) == 3, "not restored")
+    assert {(one["tier"], one["step"] >= newest_kept) for one in life if one["event"] == "restored"} == {
+        ("memory", True)
+    }
+    end(job, life)
+
+
+def test_a_rank_without_an_agent_saves_beside_those_that_have_one(job: Job) -> None:
+    """Rank 0's agent commits what rank 1 has written itself."""
+    told: list[dict[str, Any]] = []
+    job.start(step_s=0.004)
+    heard(job, told, lambda: len(durable(told, tier="store")) == 3, "nothing was stored")
+    for _ in range(3):
+        job.nodes[1].kill_agent()
+        hear_durable(job, told, "store")
+    aborted = [one["error"] for one in told if one["event"] in ("failed", "refused") and "structure" in one["error"]]
+    assert aborted == []
+    end(job, told)
+
+
 def test_memory_brings_a_job_back_while_the_store_is_away(job: Job) -> None:
     told: list[dict[str, Any]] = []
     job.start(step_s=0.004)
