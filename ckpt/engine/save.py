@@ -43,7 +43,6 @@ from ckpt.snapshot.pack import Packer, PackProgram, Sources, bind
 from ckpt.snapshot.staging import Staging, changed_error
 from ckpt.store.base import Store
 
-
 _log = logging.getLogger("ckpt")
 
 
