@@ -26,7 +26,7 @@ from ckpt.engine.pending import PendingSave
 from ckpt.errors import CheckpointError, StoreError
 from ckpt.store.posix import PosixStore
 
-EVERY, MEMORY_EVERY = 60, 4  # steps between saves to the store, and to memory
+EVERY, MEMORY_EVERY = 120, 4  # steps between saves to the store, and to memory
 LENGTHS = (1, 4097, 0, 2048, 8192, 513)  # of the tensors that all ranks have
 OWN_LENGTH = 3000  # of the one that each rank has for itself
 
