@@ -17,7 +17,7 @@ from typing import Any
 
 from ckpt.agent import blob, protect, segments
 from ckpt.agent.flush import Flush
-from ckpt.agent.header import State
+from ckpt.agent.header import Header, State
 from ckpt.agent.identity import memory_folder
 from ckpt.agent.inventory import Card, Inventory, Parity
 from ckpt.agent.process import Agent
@@ -27,7 +27,8 @@ from ckpt.agent.slots import Slots, describe
 from ckpt.agent.transport.client import Peer
 from ckpt.agent.transport.credentials import SECRET_BYTES, Credentials
 from ckpt.agent.transport.server import Server
-from ckpt.agent.transport.wire import Key
+from ckpt.agent.transport.wire import Key, is_seconds
+from ckpt.config import AGENT_HOLD_S_MAX
 from ckpt.errors import AgentError, CheckpointError, DamagedError, InvalidInputError, PeerError
 from ckpt.kernels import crc32c, crc32c_combine
 
@@ -43,7 +44,7 @@ class Membership:
     world: int
     members: tuple[int, ...]  # ranks of this group, in order
     parity: int
-    addresses: dict[int, str]  # of the members' agents and of rank 0's
+    addresses: dict[int, str]  # of agents, by rank: the members', rank 0's, and others for who looks (survey.py)
 
 
 @dataclass(kw_only=True)
@@ -109,9 +110,18 @@ class Member:
     # the trainer asks
 
     def _meet(self, call: Call) -> dict[str, Any]:
-        """Where peers find this agent, and the secret of the run; to the same user only (server.py)."""
-        address = None if self._server is None else self._server.address
-        return {"address": address, "secret": None if self._secret is None else self._secret.hex()}
+        """As `known`, and the secret of the run; to the same user only (server.py)."""
+        return {**self.known(), "secret": None if self._secret is None else self._secret.hex()}
+
+    def known(self) -> dict[str, Any]:
+        """Where peers find this agent and those that it knows, and which rank it is; null for what nobody said yet."""
+        membership = self._membership
+        return {
+            "address": None if self._server is None else self._server.address,
+            "rank": None if membership is None else membership.rank,
+            "world": None if membership is None else membership.world,
+            "addresses": {} if membership is None else {str(r): one for r, one in membership.addresses.items()},
+        }
 
     def _listen(self, call: Call) -> dict[str, Any]:
         """Serve peers who know the secret, on one interface; again with another secret or host."""
@@ -151,7 +161,7 @@ class Member:
             self._peers = {
                 rank: Peer(address, self._credentials(), self._agent.options)
                 for rank, address in membership.addresses.items()
-                if rank != membership.rank
+                if rank != membership.rank and rank in (0, *membership.members)
             }
         for peer in old.values():
             peer.close()
@@ -353,6 +363,10 @@ class Member:
             return self._count(payload)
         if name == "inventory":
             return self.inventory().fields()
+        if name == "known":
+            return self.known()
+        if name == "hold":
+            return {"lease_left_s": self._agent.admission.hold(_hold_s(payload))}
         raise InvalidInputError(f"no such message between agents: {name!r}", kind="unknown-method")
 
     def _card(self, step: int, attempt: str) -> dict[str, Any] | None:
@@ -371,19 +385,41 @@ class Member:
                 if not header.is_complete:
                     continue
                 try:
-                    if not segment.is_whole:
-                        raise DamagedError(f"the checksum of segment `{segment.name}` is wrong", kind="bad-checksum")
-                    payload = segment.payload()[: header.image_bytes]
-                    record, _ = blob.read_record(payload, what=f"segment `{segment.name}`")
-                    if slots is self._parity:
-                        parities.append(Parity.from_fields(record))
-                    else:
-                        blobs.append(Card.from_fields(record))
+                    part = self._verified(segment, header.image_bytes, is_parity=slots is self._parity)
                 except CheckpointError as error:
+                    if not _still(segment, header):
+                        continue  # a trainer goes on meanwhile: it was another image that was looked at
                     self._agent.log.tell("damaged", step=header.step, segment=segment.name, error=error.message)
                     slots.discard(segment.name, header.generation)
+                    continue
+                if not _still(segment, header):
+                    continue
+                if isinstance(part, Parity):
+                    parities.append(part)
+                else:
+                    blobs.append(part)
         address = "" if self._server is None else self._server.address
         return Inventory(address=address, blobs=tuple(blobs), parities=tuple(parities))
+
+    def _verified(self, segment: Segment, nbytes: int, *, is_parity: bool) -> Card | Parity:
+        """What a segment says that it holds, every byte looked at. DamagedError when it is not that."""
+        if not segment.is_whole:
+            raise DamagedError(f"the checksum of segment `{segment.name}` is wrong", kind="bad-checksum")
+        record, _ = blob.read_record(segment.payload()[:nbytes], what=f"segment `{segment.name}`")
+        return Parity.from_fields(record) if is_parity else Card.from_fields(record)
+
+
+def _still(segment: Segment, header: Header) -> bool:
+    """Whether the segment holds what it held when `header` was read."""
+    now = segment.header
+    return now.is_complete and now.generation == header.generation
+
+
+def _hold_s(payload: dict[str, Any]) -> float:
+    seconds = payload.get("seconds")
+    if not is_seconds(seconds) or seconds > AGENT_HOLD_S_MAX:
+        raise InvalidInputError(f"an agent is held for up to {AGENT_HOLD_S_MAX:.0f} s, found {seconds!r}")
+    return float(seconds)
 
 
 def _end_payload(memory: memoryview, nbytes: int, crc: int, fields: dict[str, Any]) -> tuple[int, int]:

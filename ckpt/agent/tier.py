@@ -34,7 +34,7 @@ from ckpt.agent.spawn import start_or_adopt
 from ckpt.agent.transport.client import Peer
 from ckpt.agent.transport.credentials import SECRET_BYTES, Credentials
 from ckpt.commit.complete import Request
-from ckpt.config import AGENT_RECORD_BYTES_MAX, Memory, Options
+from ckpt.config import AGENT_ADDRESSES_MAX, AGENT_RECORD_BYTES_MAX, Memory, Options
 from ckpt.engine.world import World, raise_together
 from ckpt.errors import AgentError, CheckpointError, InvalidInputError, PeerError, SaveFailedError
 
@@ -170,7 +170,9 @@ class Tier:
         parity = group.num_parity if group is not None else 0
         largest = max(int(sizes[rank]["capacity"]) for rank in members)
         room = protect.nbytes_needed(largest, num_members=len(members), parity=parity) if parity else 0
-        addresses = {str(rank): self._addresses[rank] for rank in {*members, 0}}
+        firsts = [one.ranks[0] for one in grouping.groups] if grouping is not None else []
+        ranks = range(self._world.size) if self._world.size <= AGENT_ADDRESSES_MAX else {*members, *firsts, 0}
+        addresses = {str(rank): self._addresses[rank] for rank in sorted(ranks)}
         params = {
             "rank": self._world.rank,
             "world": self._world.size,
