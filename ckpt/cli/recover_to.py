@@ -142,10 +142,3 @@ def _told(
         "passed_over": passed_over,
         "seconds": round(done.seconds, 3),
     }
-
-
-def approximate(
-    printer: Printer, run: Address, target: Address | None, standing: Standing, wanted: Wanted, options: Options
-) -> dict[str, Any]:
-    """Not yet."""
-    raise InvalidInputError("not yet")

@@ -26,6 +26,7 @@ from ckpt.commit.complete import Request
 from ckpt.config import AGENT_RECORD_BYTES_MAX, Options
 from ckpt.engine.reader import StoredCheckpoint
 from ckpt.engine.reshard import _Reshard, plan_reshard
+from ckpt.engine.substitute import only
 from ckpt.format import receipt
 from ckpt.format.receipt import Receipt
 from ckpt.layout.layout import Layout
@@ -59,6 +60,9 @@ def cut(url: Path, step: int, layout: Layout, folder: Path, *, metrics: dict[str
     out = []
     for image in plan.images:
         found: Receipt = run._receipt(image)
+        assert found.image is not None
+        held = {found.image.specs[tensor].name for tensor in found.image.rows.tensor.tolist()}
+        found = only(found, held.__contains__)  # a rank of a job knows the tensors of its own state
         data = into.read(f"{run._folder}/{found.file}")
         out.append(Cut(image=data, receipt=receipt.pack(found), request=request, attempt=run._attempt))
     return out

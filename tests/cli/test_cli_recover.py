@@ -2,10 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import os
-import signal
-import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -13,7 +9,6 @@ import pytest
 import torch
 
 import ckpt
-from ckpt.agent import discover
 from ckpt.layout.files import read_layout
 from tests.agent.snapshots import Cluster, Cut, cut
 from tests.cli.conftest import Program
@@ -28,7 +23,8 @@ rules:
   - {{match: "embedding.weight", shard: [{{dp: 0}}], stage: first}}
   - {{match: "head.weight", shard: [{{dp: 0}}], stage: last}}
   - {{match: "layers.{{layer}}.w.weight", shard: [{{dp: 0}}]}}
-  - {{match: "layers.{{layer}}.**"}}
+  - {{match: "layers.{{layer}}.w.bias"}}
+  - {{match: "layers.{{layer}}.norm.*"}}
 """
 
 
