@@ -332,8 +332,9 @@ class Checkpointer:
             SaveFailedError: an earlier save failed, with its step and cause; this one is on its way all the same. `busy`: the
                 saves before are not over and the policy is to fail.
         """
+        for_memory = self._memory is not None and self._run.snapshot_due(step, self._memory)
         if step % self._every:
-            if self._memory is None or step % self._memory.every:
+            if not for_memory:
                 return None
             self._attach(state)
             return self._run.keep(state, _request(step, metrics, metadata, self._layout, False), self._layout)

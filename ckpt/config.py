@@ -8,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 import os
 from dataclasses import dataclass
+from typing import Literal
 
 from ckpt.errors import InvalidInputError
 
@@ -130,20 +131,24 @@ class Memory:
     """Snapshots in the memory of agents (docs/how-to/memory.md).
 
     Args:
-        every: a snapshot when the step is a multiple of this.
+        every: a snapshot when the step is a multiple of this; `"auto"`: as often as `cost_max` allows, by what it costs here.
+        cost_max: share of the training time that snapshots may take, for `every="auto"`.
         parity: members of a group that may be lost at once.
         group_size: members of a group, about: groups differ by one where the world does not divide.
         address: of this node's interface that agents listen on; the one that leads to MASTER_ADDR when None.
     """
 
-    every: int
+    every: int | Literal["auto"] = "auto"
+    cost_max: float = 0.03
     parity: int = 1
     group_size: int = 8
     address: str | None = None
 
     def __post_init__(self) -> None:
-        if self.every < 1:
-            raise InvalidInputError(f"`every` must be at least 1, found {self.every}")
+        if self.every != "auto" and (type(self.every) is not int or self.every < 1):
+            raise InvalidInputError(f'`every` must be "auto" or a whole number from 1 on, found {self.every!r}')
+        if not 0 < self.cost_max < 1:
+            raise InvalidInputError(f"`cost_max` must be between 0 and 1, found {self.cost_max}")
         if not 1 <= self.parity < self.group_size:
             raise InvalidInputError(
                 f"`parity` must be at least 1 and less than `group_size`, found {self.parity} and {self.group_size}"

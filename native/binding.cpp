@@ -98,7 +98,8 @@ std::tuple<int, bool, int> write_at(int fd, const Bytes& data, int64_t offset, i
 
 // (status, box at fault, bytes read around the page cache, bytes read through it, whether direct reads were refused)
 std::tuple<int, int64_t, int64_t, int64_t, bool> read_chunks(
-    const Column<int32_t>& fd, const Column<int32_t>& direct_fd, const Column<int32_t>& file, const Column<int64_t>& start,
+    const Column<int32_t>& fd, const Column<int32_t>& direct_fd, const Column<uint64_t>& memory,
+    const Column<int64_t>& memory_bytes, const Column<int32_t>& file, const Column<int64_t>& start,
     const Column<int64_t>& stop, const Column<int64_t>& block_starts, const Column<int64_t>& block_start,
     const Column<int64_t>& block_stop, const Column<uint32_t>& block_crc, const Column<int64_t>& copy_starts,
     const Column<uint64_t>& source, const Column<uint64_t>& target, const Column<uint64_t>& target_limit,
@@ -106,7 +107,8 @@ std::tuple<int, int64_t, int64_t, int64_t, bool> read_chunks(
     uint64_t buffer, int64_t buffer_bytes, int kernel, int mode, int32_t threads, bool stop_at_first,
     const Outcomes& outcome, const Sums& found_crc) {
   const size_t chunks = file.shape(0), blocks = block_start.shape(0), rows = source.shape(0), dims = lengths.shape(1);
-  require(direct_fd.shape(0) == fd.shape(0), "columns of files differ in length");
+  require(direct_fd.shape(0) == fd.shape(0) && memory.shape(0) == fd.shape(0) && memory_bytes.shape(0) == fd.shape(0),
+          "columns of files differ in length");
   require(start.shape(0) == chunks && stop.shape(0) == chunks && outcome.shape(0) == chunks &&
               block_starts.shape(0) == chunks + 1 && copy_starts.shape(0) == chunks + 1,
           "columns of chunks differ in length");
@@ -123,6 +125,8 @@ std::tuple<int, int64_t, int64_t, int64_t, bool> read_chunks(
                           static_cast<int64_t>(rows), static_cast<int64_t>(dims)};
   const ckpt_reads reads{fd.data(),
                          direct_fd.data(),
+                         memory.data(),
+                         memory_bytes.data(),
                          static_cast<int64_t>(fd.shape(0)),
                          file.data(),
                          start.data(),
@@ -236,8 +240,8 @@ NB_MODULE(_native, module) {
              "itemsize"_a.noconvert(), "segment_starts"_a.noconvert(), "segment_stops"_a.noconvert(), "out"_a.noconvert(),
              "threads"_a);
   module.def("write_at", &write_at, "fd"_a, "data"_a.noconvert(), "offset"_a, "slice_bytes"_a, "in_flight"_a);
-  module.def("read_chunks", &read_chunks, "fd"_a.noconvert(), "direct_fd"_a.noconvert(), "file"_a.noconvert(),
-             "start"_a.noconvert(), "stop"_a.noconvert(), "block_starts"_a.noconvert(), "block_start"_a.noconvert(),
+  module.def("read_chunks", &read_chunks, "fd"_a.noconvert(), "direct_fd"_a.noconvert(), "memory"_a.noconvert(),
+             "memory_bytes"_a.noconvert(), "file"_a.noconvert(), "start"_a.noconvert(), "stop"_a.noconvert(), "block_starts"_a.noconvert(), "block_start"_a.noconvert(),
              "block_stop"_a.noconvert(), "block_crc"_a.noconvert(), "copy_starts"_a.noconvert(), "source"_a.noconvert(),
              "target"_a.noconvert(), "target_limit"_a.noconvert(), "lengths"_a.noconvert(),
              "source_strides"_a.noconvert(), "target_strides"_a.noconvert(), "itemsize"_a.noconvert(), "buffer"_a,

@@ -75,11 +75,8 @@ class Mapped:
                 )
             self._file = (found.st_dev, found.st_ino)
             self._map = mmap.mmap(fd, described.capacity_bytes, offset=HEADER_BYTES)
-        except BaseException:
+        finally:
             os.close(fd)
-            raise
-        self._fd = fd
-        self._finalize = weakref.finalize(self, os.close, fd)
         self._map.madvise(mmap.MADV_DONTFORK)
         self._map.madvise(mmap.MADV_DONTDUMP)
 
@@ -88,10 +85,6 @@ class Mapped:
         """The bytes, writable: `np.frombuffer(mapped.memory, np.uint8)` is an array over them."""
         return self._map
 
-    def open_again(self) -> int:
-        """A descriptor of the whole segment, header included. The caller closes it."""
-        return os.dup(self._fd)
-
     def is_same(self, other: Mapped) -> bool:
         """Whether the two are the same pages."""
         return self._file == other._file
@@ -99,7 +92,6 @@ class Mapped:
     def close(self) -> None:
         """Unmap. BufferError while an array lies over it. May be called twice."""
         self._map.close()
-        self._finalize()
 
 
 class Client:

@@ -10,10 +10,10 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
+from numpy.typing import NDArray
 
 from ckpt.agent import blob
 from ckpt.agent.decode import Blobs
-from ckpt.agent.header import HEADER_BYTES
 from ckpt.agent.inventory import Candidate, Card
 from ckpt.agent.local import Mapped
 from ckpt.agent.transport.client import Peer
@@ -93,15 +93,15 @@ class SnapshotStore:
         return f"memory of {self.candidate.world} ranks"
 
     def open_local(self, key: str, *, direct: bool = False) -> int | None:
-        """The segment of this rank's own agent; `local_start` says where in it the image begins."""
-        card = self._cards.get(key)
-        if direct or card is None or card.rank not in self._local:
-            return None
-        return self._local[card.rank].open_again()
+        """None: `local_memory` has what is here."""
+        return None
 
-    def local_start(self, key: str) -> int:
-        """Byte of an `open_local` file at which the object begins."""
-        return HEADER_BYTES
+    def local_memory(self, key: str) -> NDArray[np.uint8] | None:
+        """The image in the memory of this rank's own agent, mapped into this process."""
+        card = self._cards.get(key)
+        if card is None or card.rank not in self._local:
+            return None
+        return np.frombuffer(self._local[card.rank].memory, np.uint8, card.image_bytes)
 
     def read(self, key: str, start: int = 0, stop: int | None = None) -> bytes:
         buffer = bytearray((self.size(key) if stop is None else stop) - start)

@@ -130,17 +130,17 @@ def _read_local(job: ReadJob, batch: range, *, stop_at_first: bool) -> tuple[lis
         some = np.arange(batch.start, batch.stop)[usable[at]]
         if not len(some):
             return [], list(batch)
-        files = [pair for pair in opened if pair is not None]
-        begin = np.array([_local_start(job, int(writer)) for writer in writers])[at[usable[at]]]
-        chunks, blocks = _chunks_of(job, some, row[np.searchsorted(writers, plan.writer[some])], begin)
+        files = [found for found in opened if found is not None]
+        chunks, blocks = _chunks_of(job, some, row[np.searchsorted(writers, plan.writer[some])])
         done = read_chunks(
-            [pair[0] for pair in files],
-            [pair[1] for pair in files],
+            [file.fd for file in files],
+            [file.direct_fd for file in files],
             chunks,
             buffer=job.buffer,
             mode=ReadMode.auto if job.options.direct_io else ReadMode.buffered,
             threads=_threads(job, buffer_nbytes(chunks), len(some)),
             stop_at_first=stop_at_first,
+            mapped=[file.memory for file in files],
         )
     wrong = done.found_crc != chunks.block_crc
     wrong &= np.repeat(done.outcome == Outcome.DAMAGED, np.diff(chunks.block_starts))
@@ -155,34 +155,37 @@ def _read_local(job: ReadJob, batch: range, *, stop_at_first: bool) -> tuple[lis
     return found, sorted(again)
 
 
-def _open(job: ReadJob, writer: int, stack: contextlib.ExitStack) -> tuple[int, int] | None:
-    """Descriptors of an image, the second one for direct reads or -1; None when it does not open."""
+@dataclass(frozen=True, kw_only=True, eq=False)
+class _Local:
+    """An image as the kernel reads it."""
+
+    fd: int = -1
+    direct_fd: int = -1  # for reads around the page cache, -1 where there are none
+    memory: NDArray[np.uint8] | None = None  # instead of a file
+
+
+def _open(job: ReadJob, writer: int, stack: contextlib.ExitStack) -> _Local | None:
+    """An image of this machine; None when it does not open."""
+    key = job.keys[writer]
+    memory = getattr(job.store, "local_memory", lambda key: None)(key)
+    if memory is not None:
+        return _Local(memory=memory)
     try:
-        fd = job.store.open_local(job.keys[writer])
+        fd = job.store.open_local(key)
         if fd is None:
             return None
         stack.callback(os.close, fd)
-        direct = job.store.open_local(job.keys[writer], direct=True) if job.options.direct_io else None
+        direct = job.store.open_local(key, direct=True) if job.options.direct_io else None
     except CheckpointError:
         return None
     if direct is None:
-        return fd, -1
+        return _Local(fd=fd)
     stack.callback(os.close, direct)
-    return fd, direct
+    return _Local(fd=fd, direct_fd=direct)
 
 
-def _local_start(job: ReadJob, writer: int) -> int:
-    """Byte of the local file at which an image begins; of most stores the first."""
-    found = getattr(job.store, "local_start", None)
-    return 0 if found is None else int(found(job.keys[writer]))
-
-
-def _chunks_of(job: ReadJob, some: Int64Array, file: Int64Array, begin: Int64Array) -> tuple[Chunks, Int64Array]:
-    """The plan's chunks `some` as the kernel takes them, and the rows of their blocks in the plan.
-
-    Args:
-        begin: [chunks] byte of its file at which the image of each begins.
-    """
+def _chunks_of(job: ReadJob, some: Int64Array, file: Int64Array) -> tuple[Chunks, Int64Array]:
+    """The plan's chunks `some` as the kernel takes them, and the rows of their blocks in the plan."""
     plan = job.plan
     copies = plan.copies
     num_blocks, num_copies = np.diff(plan.block_starts)[some], np.diff(plan.copy_starts)[some]
@@ -190,14 +193,14 @@ def _chunks_of(job: ReadJob, some: Int64Array, file: Int64Array, begin: Int64Arr
     rows = np.repeat(plan.copy_starts[some], num_copies) + arange_per(num_copies)
     chunks = Chunks(
         file=file.astype(np.int32),
-        start=plan.start[some] + begin,
-        stop=plan.stop[some] + begin,
+        start=plan.start[some],
+        stop=plan.stop[some],
         block_starts=np.append(0, np.cumsum(num_blocks)),
-        block_start=plan.block_start[blocks] + np.repeat(begin, num_blocks),
-        block_stop=plan.block_stop[blocks] + np.repeat(begin, num_blocks),
+        block_start=plan.block_start[blocks],
+        block_stop=plan.block_stop[blocks],
         block_crc=plan.block_crc[blocks],
         copy_starts=np.append(0, np.cumsum(num_copies)),
-        source=(copies.source[rows] + np.repeat(begin, num_copies)).astype(np.uint64),
+        source=copies.source[rows].astype(np.uint64),
         target=copies.target[rows],
         target_limit=job.pieces.limit[copies.piece[rows]],
         lengths=copies.lengths[rows],

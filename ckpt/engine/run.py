@@ -24,10 +24,11 @@ from ckpt.collector import collector_paused
 from ckpt.commit import find, retention
 from ckpt.commit.complete import Request
 from ckpt.commit.gc import collect_garbage
-from ckpt.config import Options
+from ckpt.config import Memory, Options
 from ckpt.engine.attempt import Attempt, Saved
 from ckpt.engine.keeper import Keeper
 from ckpt.engine.load import Loaded, Rename, load_state
+from ckpt.engine.pace import Pace
 from ckpt.engine.pending import PendingSave, failed_error, first_line
 from ckpt.engine.read import Progress
 from ckpt.engine.reader import StoredCheckpoint
@@ -95,6 +96,8 @@ class Run:
         self._background = Worker("ckpt-save", self.options.flush_nice)
         self._keeping = Worker("ckpt-keep", self.options.flush_nice)
         self._in_memory: deque[PendingSave] = deque()  # saves to the memory of agents alone
+        self._pace: Pace | None = None
+        self._was_busy = self._was_storing = False  # a snapshot, or a save, was on its way at the step before
         self._telling = Worker("ckpt-events", self.options.flush_nice)
         self._on_their_way: deque[tuple[PendingSave, Attempt | None]] = deque()
         self._failed: list[tuple[PendingSave, BaseException]] = []  # that nobody was told of yet
@@ -133,6 +136,7 @@ class Run:
     def async_save(self, state: State, request: Request, layout: Layout | None) -> PendingSave:
         """Begin to copy the state, return, go on in the background. All ranks call."""
         timeline = Timeline()
+        self._was_storing = True
         if not self._make_room(request.step, timeline):
             return self._skip(request.step, timeline)
         failed = self._first_failure()
@@ -152,6 +156,20 @@ class Run:
         if failed is not None:
             raise failed
         return pending
+
+    def snapshot_due(self, step: int, memory: Memory) -> bool:
+        """Whether to snapshot into memory at this step. All ranks call, at every step."""
+        if memory.every != "auto":
+            return step % memory.every == 0
+        if self._pace is None:
+            self._pace = Pace(self.world, memory.cost_max)
+        storing = bool(self._on_their_way) and not self._on_their_way[-1][0].done()
+        self._pace.note(time.perf_counter(), busy=self._was_busy, excluded=storing or self._was_storing)
+        self._was_storing = storing
+        self._was_busy = bool(self._in_memory) and not self._in_memory[-1].done()
+        due = self._pace.due(step)
+        self._was_busy |= due
+        return due
 
     def keep(self, state: State, request: Request, layout: Layout | None) -> PendingSave:
         """Snapshot into the memory of the agents alone. All ranks call.

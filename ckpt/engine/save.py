@@ -42,9 +42,6 @@ from ckpt.snapshot.pack import Packer, PackProgram, Sources, bind
 from ckpt.snapshot.staging import Staging, changed_error
 from ckpt.store.base import Store
 
-# A fence that held longer than this makes later saves copy before they sum: 18 instead of 10 CPU ms per 100 MB, but sooner.
-_HURRY_S = 0.005
-
 
 class SaveSession:
     """All saves of one rank into one run. Made by all ranks together."""
@@ -56,7 +53,6 @@ class SaveSession:
         self._sources: Sources | None = None
         self._images = Images(options.images_max)
         self._reserved_for = ""  # the session that the keeper has room for
-        self._hurry = False  # a fence has held the training
         self._copier = Worker("ckpt-copy", options.copy_nice)
         # Of whoever finishes:
         self._completion = Completion(store, options, rank=world.rank, world=world.size)
@@ -137,7 +133,6 @@ class SaveSession:
                 timeline=attempt.timeline,
                 devices=DeviceCopies(local),
                 name_of=lambda number: local.specs[number].name,
-                hurry=self._hurry,
             )
             try:
                 if self._options.check_fence:
@@ -288,7 +283,6 @@ class SaveSession:
         staging, attempt.staging = attempt.staging, None
         attempt.keep_alive = ()
         if staging is not None:
-            self._hurry |= staging.fence_s > _HURRY_S
             staging.give_up(error or AssertionError("not all of the image was copied"))
             if attempt.kept and self._keeper is not None:
                 self._keeper.release(staging.memory, sealed=attempt.sealed)

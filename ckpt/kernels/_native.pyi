@@ -52,6 +52,8 @@ def write_at(
 def read_chunks(
     fd: NDArray[np.int32],
     direct_fd: NDArray[np.int32],
+    memory: NDArray[np.uint64],
+    memory_bytes: NDArray[np.int64],
     file: NDArray[np.int32],
     start: NDArray[np.int64],
     stop: NDArray[np.int64],

@@ -104,17 +104,20 @@ def read_chunks(
     mode: ReadMode = ReadMode.auto,
     threads: int = 1,
     stop_at_first: bool = True,
+    mapped: Sequence[NDArray[np.uint8] | None] | None = None,
 ) -> ReadOutcome:
     """Read, verify and copy. One thread at a time per `buffer`; the caller keeps all memory and files until it returns.
 
     Args:
         descriptors: files open for reading. direct: the same ones opened with O_DIRECT, -1 where that is refused.
         stop_at_first: begin no chunk after one that failed.
+        mapped: per file, memory that takes its place; its descriptors are not looked at.
 
     Raises:
         InvalidInputError: a chunk, block or box that does not fit. Nothing was read.
     """
     num_chunks, num_blocks = len(chunks.file), len(chunks.block_start)
+    places = [None] * len(descriptors) if mapped is None else list(mapped)
     threads = min(thread_count(threads), _THREADS_MAX, max(num_chunks, 1))
     room = buffer_nbytes(chunks)
     outcome = np.full(num_chunks, Outcome.NOT_READ, np.int32)
@@ -122,6 +125,8 @@ def read_chunks(
     columns = {
         "fd": integer_column("descriptors", descriptors, np.int32, (len(descriptors),)),
         "direct_fd": integer_column("direct", direct, np.int32, (len(descriptors),)),
+        "memory": np.array([0 if one is None else one.ctypes.data for one in places], np.uint64),
+        "memory_bytes": np.array([0 if one is None else len(one) for one in places], np.int64),
         **_columns(chunks),
     }
     if choice.demanded() == choice.REFERENCE:

@@ -117,6 +117,8 @@ def read_chunks(
     *,
     fd: NDArray[np.int32],
     direct_fd: NDArray[np.int32],
+    memory: NDArray[np.uint64],
+    memory_bytes: NDArray[np.int64],
     file: NDArray[np.int32],
     start: NDArray[np.int64],
     stop: NDArray[np.int64],
@@ -141,7 +143,13 @@ def read_chunks(
     cached = 0
     for c in range(len(file)):
         first, last = int(start[c]), int(stop[c])
-        data, code = _read_file(int(fd[file[c]]), first, last)
+        if memory[file[c]]:
+            if last > memory_bytes[file[c]]:
+                return Status.SOURCE_OUT_OF_BOUNDS, -1, 0, 0, False
+            address = ctypes.c_char * (last - first)
+            data, code = np.frombuffer(address.from_address(int(memory[file[c]]) + first), np.uint8), 0
+        else:
+            data, code = _read_file(int(fd[file[c]]), first, last)
         if code == 0:
             cached += last - first
             blocks, rows = slice(block_starts[c], block_starts[c + 1]), slice(copy_starts[c], copy_starts[c + 1])

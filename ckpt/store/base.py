@@ -72,7 +72,7 @@ class Store(Protocol):
             direct: around the page cache (O_DIRECT); None where the file system refuses that.
         """
 
-    # A store whose local files have something before the object also has `local_start(key)`, the byte at which it begins.
+    # A store with objects in memory of this process also has `local_memory(key) -> array | None`: then that is read.
 
     def read(self, key: str, start: int = 0, stop: int | None = None) -> bytes:
         """Bytes `start <= i < stop` (to the end when None). A shorter object is `DamagedError(kind="truncated")`."""

@@ -129,6 +129,8 @@ enum {
 typedef struct ckpt_reads {
   const int32_t *fd;          /* [F] open for reading */
   const int32_t *direct_fd;   /* [F] the same file opened with O_DIRECT, or -1 */
+  const uint64_t *memory;     /* [F] address of what is mapped and takes the place of the file, 0 for none; NULL: none of all */
+  const int64_t *memory_bytes; /* [F] */
   int64_t num_files;          /* F */
   const int32_t *file;        /* [C] */
   const int64_t *start;       /* [C] bytes of the file */

@@ -12,6 +12,7 @@
 #include "box_row.h"
 #include "ckpt_core.h"
 #include "crc32c_kernels.h"
+#include "stream_copy.h"
 #include "workers.h"
 
 namespace ckpt {
@@ -93,7 +94,8 @@ Piece piece_at(const Cut& cut, int64_t at) {
   return {line, first, count, start, start + count * cut.unit};
 }
 
-void copy_piece(const Row& row, const Cut& cut, const Piece& piece, std::byte* target) {
+// With `stream`, nobody reads the target soon: what is summed is not streamed.
+void copy_piece(const Row& row, const Cut& cut, const Piece& piece, std::byte* target, bool stream) {
   Row part;  // filled by hand: a Row is 1.5 KiB, more than many tensors
   part.source = row.source;
   part.target = target;
@@ -108,6 +110,7 @@ void copy_piece(const Row& row, const Cut& cut, const Piece& piece, std::byte* t
   if (part.num_dims == 0) {
     part.source += piece.first;
     part.run = piece.count;
+    if (stream) return stream_copy(part.target, part.source, static_cast<size_t>(part.run));
   } else {
     std::copy(row.dims + cut.level, row.dims + row.num_dims, part.dims);
     part.source += piece.first * part.dims[0].source_stride;
@@ -212,7 +215,7 @@ void run_span(const Job& job, Span* span, int64_t start, int64_t stop) {
     const Cut cut = cut_of(row);
     for (int64_t at = std::max<int64_t>(start - position, 0); at < row.nbytes && position + at < stop;) {
       const Piece piece = piece_at(cut, at);
-      copy_piece(row, cut, piece, job.target + (position + piece.start - job.start));
+      copy_piece(row, cut, piece, job.target + (position + piece.start - job.start), job.num_segments == 0);
       at = piece.stop;
       if (position + at - summer.done() >= kPieceBytes) summer.advance(position + at);
     }

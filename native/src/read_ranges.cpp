@@ -96,6 +96,7 @@ class Reader {
   int32_t one(int64_t chunk, std::byte* buffer) {
     const int64_t start = reads_.start[chunk], stop = reads_.stop[chunk];
     const int32_t file = reads_.file[chunk];
+    if (reads_.memory && reads_.memory[file]) return in_memory(chunk, file, start);
     std::byte* data = buffer + (start - align_down(start));  // where the file's first wanted byte comes to lie
     const bool direct = wants_direct(file, start, stop);
     int32_t outcome = direct ? read_direct(file, buffer, start, stop) : 0;
@@ -114,6 +115,17 @@ class Reader {
     }
     if (at < stop) outcome = read_all(reads_.fd[file], data + (at - start), at, stop);
     if (outcome != 0) return outcome;
+    if (!sound) return CKPT_READ_DAMAGED;
+    copy(chunk, data, start);
+    return CKPT_READ_DONE;
+  }
+
+  // What is mapped is verified and copied where it lies.
+  int32_t in_memory(int64_t chunk, int32_t file, int64_t start) {
+    const auto* data = reinterpret_cast<const std::byte*>(static_cast<uintptr_t>(reads_.memory[file])) + start;
+    bool sound = true;
+    for (int64_t b = reads_.block_starts[chunk]; b < reads_.block_starts[chunk + 1]; ++b) sound = verify(b, data, start) && sound;
+    cached_bytes_.fetch_add(reads_.stop[chunk] - start);
     if (!sound) return CKPT_READ_DAMAGED;
     copy(chunk, data, start);
     return CKPT_READ_DONE;
@@ -176,6 +188,7 @@ bool has_null(const ckpt_reads& reads, const ckpt_read_results& results) {
   if (!reads.block_starts || !reads.copy_starts) return true;
   if (reads.num_chunks == 0) return false;
   if (!reads.fd || !reads.direct_fd || !reads.file || !reads.start || !reads.stop || !reads.buffer) return true;
+  if (reads.memory && !reads.memory_bytes) return true;
   if (!results.outcome || reinterpret_cast<uintptr_t>(reads.buffer) % kAlign != 0 || reads.buffer_bytes % kAlign != 0)
     return true;
   const int64_t blocks = reads.block_starts[reads.num_chunks], rows = reads.copy_starts[reads.num_chunks];
@@ -192,6 +205,8 @@ ckpt_status check_chunk(const ckpt_reads& reads, int64_t chunk, int64_t* bad_row
   if (stop > INT64_MAX - kAlign || align_up(stop) - align_down(start) > reads.buffer_bytes) return CKPT_BAD_ARGUMENT;
   if (reads.block_starts[chunk + 1] < reads.block_starts[chunk] || reads.copy_starts[chunk + 1] < reads.copy_starts[chunk])
     return CKPT_BAD_ARGUMENT;
+  const int32_t file = reads.file[chunk];
+  if (reads.memory && reads.memory[file] && stop > reads.memory_bytes[file]) return CKPT_SOURCE_OUT_OF_BOUNDS;
   for (int64_t b = reads.block_starts[chunk]; b < reads.block_starts[chunk + 1]; ++b)
     if (reads.block_start[b] < start || reads.block_stop[b] < reads.block_start[b] || reads.block_stop[b] > stop)
       return CKPT_SOURCE_OUT_OF_BOUNDS;

@@ -512,7 +512,7 @@ void test_reads_copy_only_out_of_chunks_that_verify() {
   const int32_t none = -1, threads = 4;
   const int64_t room = 5 * CKPT_READ_ALIGN;
   void* buffer = std::aligned_alloc(CKPT_READ_ALIGN, static_cast<size_t>(room * threads));
-  ckpt_reads reads{&file.fd, &none, 1, number.data(), start.data(), stop.data(), chunks, edges.data(), start.data(),
+  ckpt_reads reads{&file.fd, &none, nullptr, nullptr, 1, number.data(), start.data(), stop.data(), chunks, edges.data(), start.data(),
                    stop.data(), expected.data(), edges.data(),
                    {source.data(), nullptr, target.data(), limit.data(), lengths.data(), two.data(), one.data(),
                     one.data(), chunks, 1},

@@ -105,6 +105,25 @@ def test_every_mode_gives_the_bytes_of_the_reference(
     assert (native.target != FILL).any() and not found.outcome.any()
 
 
+@pytest.mark.parametrize("kernel", ["table", "reference"])
+def test_mapped_memory_takes_the_place_of_a_file(data: bytes, kernel: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CKPT_KERNEL", kernel)
+    memory = np.frombuffer(data, np.uint8)
+    job, plain = Job(data, 3), Job(data, 3)
+    job.chunks.block_crc[int(job.chunks.block_starts[6]) - 1] ^= 1  # the last block of chunk 5
+    found = read_chunks([-1], [-1], job.chunks, buffer=ReadBuffer(), threads=3, stop_at_first=False, mapped=[memory])
+    read_chunks([-1], [-1], plain.chunks, buffer=ReadBuffer(), mapped=[memory])
+
+    assert found.outcome.tolist() == [Outcome.DAMAGED if c == 5 else Outcome.DONE for c in range(13)]
+    assert set(job.part(5).tolist()) == {FILL}
+    np.testing.assert_array_equal(job.part(6), plain.part(6))
+    expected = memory[int(job.chunks.start[6]) :][: job.sizes[6] // 3 * 7]
+    np.testing.assert_array_equal(plain.part(6)[:3], expected[:3])
+    with pytest.raises(InvalidInputError, match="does not fit"):
+        short = memory[: int(job.chunks.stop[-1]) - 1]
+        read_chunks([-1], [-1], job.chunks, buffer=ReadBuffer(), stop_at_first=False, mapped=[short])
+
+
 def test_a_damaged_chunk_is_not_copied_and_all_others_are(files: tuple[int, int, Path], data: bytes) -> None:
     job = Job(data, 3)
     bad = int(job.chunks.block_starts[6]) - 1  # the last block of chunk 5
