@@ -11,7 +11,7 @@ import os
 import shutil
 import signal
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -123,15 +123,20 @@ class Node:
         until(lambda: Owner.of(self.pid) is None)
         shutil.rmtree(self.memory)
 
-    def clean(self) -> None:
-        self.client.close()
+    def wake(self) -> None:
+        """Go on, if somebody has stopped it."""
         if Owner.of(self.pid) is not None:
             os.kill(self.pid, signal.SIGCONT)
-        for found in discover.agents(self.options):
-            discover.stop(found, self.options, force=True)
-        left = [path.name for path in self.memory.rglob("*.seg")] if self.memory.exists() else []
-        shutil.rmtree(self.memory, ignore_errors=True)
-        shutil.rmtree(self.runtime, ignore_errors=True)
+
+    def clean(self) -> None:
+        self.client.close()
+        try:
+            for found in discover.agents(self.options):
+                discover.stop(found, self.options, force=True)
+            left = [path.name for path in self.memory.rglob("*.seg")] if self.memory.exists() else []
+        finally:
+            shutil.rmtree(self.memory, ignore_errors=True)
+            shutil.rmtree(self.runtime, ignore_errors=True)
         assert left == []
 
 
@@ -170,10 +175,21 @@ class Cluster:
 
     def close(self) -> None:
         for node in self.nodes:
-            node.clean()
+            node.wake()
+        errors = [error for node in self.nodes if (error := _failure(node.clean)) is not None]
+        if errors:
+            raise errors[0]
 
     def __enter__(self) -> Cluster:
         return self
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+
+def _failure(work: Callable[[], None]) -> Exception | None:
+    try:
+        work()
+    except Exception as error:  # noqa: BLE001 - the other nodes are to be cleaned as well
+        return error
+    return None
