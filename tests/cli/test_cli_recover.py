@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import signal
@@ -21,6 +22,7 @@ from ckpt.agent.survey import Holding
 from ckpt.agent.transport import Credentials, Peer
 from ckpt.cli.standing import look
 from ckpt.config import from_environment
+from ckpt.engine.approximate import METRIC
 from ckpt.errors import InvalidInputError, PeerError
 from ckpt.layout.files import read_layout
 from tests.agent.conftest import until
@@ -29,6 +31,7 @@ from tests.cli.conftest import Program
 
 NUM_LAYERS, WIDTH = 6, 16
 GROUPS = ((0, 1, 2), (3, 4, 5))
+NORMS = {0: 0.5, 1: 1.5, 4: 3.0, 5: 1.0}  # of gradients, by layer
 PAIRS = ((0, 1), (2, 3), (4, 5))  # the two ranks of each stage
 LAYOUT = f"""
 version: 1
@@ -78,6 +81,11 @@ def steps(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[int, lis
     return folder / "run", {step: cut(folder / "run", step, layout, folder / f"cut-{step}") for step in (10, 20)}
 
 
+def with_norms(part: Cut) -> Cut:
+    metrics = {METRIC.format(layer): norm for layer, norm in NORMS.items()}
+    return dataclasses.replace(part, request=dataclasses.replace(part.request, metrics={"loss": 1.0, **metrics}))
+
+
 @pytest.fixture
 def start(
     steps: tuple[Path, dict[int, list[Cut]]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -85,12 +93,14 @@ def start(
     """Starts six nodes that hold steps 10 and 20 of the run at `tmp_path / "run"`, whose trainers are gone; we are on node 0."""
     made: list[Cluster] = []
 
-    def start(groups: Sequence[Sequence[int]] = GROUPS, *, looking_from: int = 0, **options: Any) -> Cluster:
+    def start(
+        groups: Sequence[Sequence[int]] = GROUPS, *, looking_from: int = 0, metrics: bool = False, **options: Any
+    ) -> Cluster:
         cluster = Cluster(str(tmp_path / "run"), groups, 1, **options)
         made.append(cluster)
         cluster.join(max(len(one.image) + len(one.receipt) for one in steps[1][20]))
         for step in (10, 20):
-            cluster.keep(steps[1][step])
+            cluster.keep([with_norms(part) if metrics else part for part in steps[1][step]])
         cluster.leave()
         for name, value in cluster.nodes[looking_from].environment().items():
             monkeypatch.setenv(name, value)
@@ -212,9 +222,6 @@ def test_agents_stay_while_a_recovery_reads_however_short_their_lease(
     assert alive == [True] * 6
 
 
-NORMS = {0: 0.5, 1: 1.5, 4: 3.0, 5: 1.0}
-
-
 def rebuilt(source: Path, name: str, share: float) -> torch.Tensor:
     """What a tensor of layer 2 or 3 becomes, by the formula."""
     layer = int(name.split("layers.")[1].split(".")[0])
@@ -223,7 +230,7 @@ def rebuilt(source: Path, name: str, share: float) -> torch.Tensor:
     return (low.float() * share + high.float() * (1 - share)).to(low.dtype)
 
 
-@pytest.mark.parametrize("weights", ["file", "metrics", "equal"])
+@pytest.mark.parametrize("weights", ["file", "metrics", "equal", "none"])
 def test_a_lost_inner_stage_is_made_of_its_neighbours_and_all_else_is_as_it_was(
     program: Program,
     start: Callable[..., Cluster],
@@ -231,19 +238,21 @@ def test_a_lost_inner_stage_is_made_of_its_neighbours_and_all_else_is_as_it_was(
     tmp_path: Path,
     weights: str,
 ) -> None:
-    cluster = start(PAIRS)
+    cluster = start(PAIRS, metrics=weights == "metrics")
     assert program("copy", f"{steps[0]}@10", tmp_path / "run").code == 0
     run = ("recover", tmp_path / "run", "--approximate", "checkfree", "--layers", "layers.{}.**", "--json")
     early = program(*run)
     cluster.nodes[2].kill()
     cluster.nodes[3].kill()
     (tmp_path / "norms.json").write_text(json.dumps(NORMS))
-    given = {"file": ("--weights", tmp_path / "norms.json"), "metrics": (), "equal": ("--equal-weights",)}[weights]
+    given = {"file": ("--weights", tmp_path / "norms.json"), "metrics": (), "equal": ("--equal-weights",), "none": ()}[
+        weights
+    ]
     unasked = program("recover", tmp_path / "run", "--json").document
     dry = program(*run, *given)
     made = program(*run, *given, "--to", tmp_path / "out")
     assert (early.code, unasked["recoverable"], states(unasked, 20)) == (2, {"step": 10, "tier": "store"}, "hhllhh")
-    if weights == "metrics":  # this run was saved without
+    if weights == "none":
         assert (dry.code, made.code) == (2, 2) and "gradient norm" in made.err
         return
 
