@@ -236,7 +236,7 @@ def _substituted(
         for rank in lost
     }
     folder = names.attempt_folder(remains.candidate.step, remains.candidate.attempt)
-    files = {f"{folder}/{one.receipt.file}": memoryview(one.image).cast("B") for one in images.values()}
+    files = {f"{folder}/{one.receipt.file}": one.image.data for one in images.values()}
     receipts = {**kept, **{rank: one.receipt for rank, one in images.items()}}
     metadata = {**remains.request.metadata, "approximate": {**record, "notes": notes}}
     return _as_store(remains, receipts, files, metadata, older), notes

@@ -117,30 +117,13 @@ def make(
     image = np.zeros(layout.total_bytes, np.uint8)
     image[: len(layout.header)] = np.frombuffer(layout.header, np.uint8)
     checksums = []
-    for tensor, offset, nbytes in zip(
-        layout.rows.tensor.tolist(), layout.offsets.tolist(), layout.nbytes.tolist(), strict=True
-    ):
-        image[offset : offset + nbytes] = value_of(specs[tensor])
-        checksums += [
-            crc32c(image[at : min(at + like.block_bytes, offset + nbytes)])
-            for at in range(offset, offset + nbytes, like.block_bytes)
-        ]
-    rows = []
-    for one, data, offset in zip(objects, payloads, layout.object_offsets, strict=True):
+    places = zip(layout.rows.tensor.tolist(), layout.offsets.tolist(), layout.nbytes.tolist(), strict=True)
+    for tensor, offset, nbytes in places:
+        fragment = image[offset : offset + nbytes]
+        fragment[:] = value_of(specs[tensor])
+        checksums += [crc32c(fragment[at : at + like.block_bytes]) for at in range(0, nbytes, like.block_bytes)]
+    for data, offset in zip(payloads, layout.object_offsets, strict=True):
         image[offset : offset + len(data)] = np.frombuffer(data, np.uint8)
-        rows.append(
-            ObjectRow(
-                name=one.name,
-                kind=one.kind,
-                rank=rank,
-                writer=rank,
-                dp_rank=one.dp_rank,
-                dp_size=one.dp_size,
-                digest=sha256(data),
-                byte_offset=offset,
-                nbytes=len(data),
-            )
-        )
     table = ImageTable(
         specs=list(specs),
         rows=layout.rows,
@@ -159,10 +142,29 @@ def make(
         file_bytes=len(image),
         block_bytes=like.block_bytes,
         checksums=np.array(checksums, np.uint32),
-        objects=rows,
+        objects=_object_rows(rank, objects, payloads, layout.object_offsets),
         image=table,
     )
     return Made(receipt=made, image=image)
+
+
+def _object_rows(
+    rank: int, objects: Sequence[Payload], payloads: Sequence[bytes], offsets: Sequence[int]
+) -> list[ObjectRow]:
+    return [
+        ObjectRow(
+            name=one.name,
+            kind=one.kind,
+            rank=rank,
+            writer=rank,
+            dp_rank=one.dp_rank,
+            dp_size=one.dp_size,
+            digest=sha256(data),
+            byte_offset=offset,
+            nbytes=len(data),
+        )
+        for one, data, offset in zip(objects, payloads, offsets, strict=True)
+    ]
 
 
 def substitutes(
