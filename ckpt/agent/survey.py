@@ -22,7 +22,7 @@ from ckpt.agent.inventory import Inventory
 from ckpt.agent.local import Client, connect
 from ckpt.agent.transport.client import Peer
 from ckpt.agent.transport.credentials import Credentials
-from ckpt.config import Options
+from ckpt.config import AGENT_HOLD_S_MAX, Options
 from ckpt.errors import CheckpointError, PeerError
 
 _AT_ONCE = 32  # agents that are asked at a time
@@ -80,13 +80,16 @@ class _Said:
     secret: str | None = None
 
 
-def survey(run_id: uuid.UUID, options: Options) -> Survey:
+def survey(run_id: uuid.UUID, options: Options, *, hold: bool = False) -> Survey:
     """Ask every agent of the run that can be found from this host.
 
     Each looks at every byte that it holds and has `inventory_timeout_s` for that; one that is gone costs some seconds.
+
+    Args:
+        hold: whether agents are asked to stay until all have answered; then it is time for `Holding`.
     """
     here = discover.agents(options, run_id=run_id)
-    answers = _each(lambda one: _ask_here(one, options), here)
+    answers = _each(lambda one: _ask_here(one, options, hold=hold), here)
     agents: dict[str, Asked] = {}
     ranks: dict[str, int] = {}  # address -> rank, as others say
     secret: str | None = None
@@ -100,7 +103,7 @@ def survey(run_id: uuid.UUID, options: Options) -> Survey:
     credentials = Credentials(run_id=run_id.hex, secret=bytes.fromhex(secret), member=f"recover-{os.getpid()}")
     while missing := [address for address in sorted(ranks) if address not in agents]:
         for address, said in zip(
-            missing, _each(lambda one: _ask_there(one, credentials, options), missing), strict=True
+            missing, _each(lambda one: _ask_there(one, credentials, options, hold=hold), missing), strict=True
         ):
             agents[address] = _asked(said, address, None, rank=ranks[address])
             ranks |= {one: rank for one, rank in _addresses(said.known).items() if one not in ranks}
@@ -160,7 +163,7 @@ def with_client(found: Found, options: Options, work: Callable[[Client], _Answer
         client.close()
 
 
-def _ask_here(found: Found, options: Options) -> _Said:
+def _ask_here(found: Found, options: Options, *, hold: bool) -> _Said:
     if found.status is None:
         return _Said(known={}, inventory=None, error=found.error)
     known: dict[str, Any] = {}
@@ -168,6 +171,8 @@ def _ask_here(found: Found, options: Options) -> _Said:
 
         def ask(client: Client) -> Inventory:
             known.update(client.call("meet", timeout_s=_ASK_S)[0])
+            if hold:
+                client.call("hold", {"seconds": _asking_s(options)}, timeout_s=_ASK_S)
             return Inventory.from_fields(client.call("inventory", timeout_s=options.inventory_timeout_s)[0])
 
         inventory = with_client(found, options, ask)
@@ -177,7 +182,7 @@ def _ask_here(found: Found, options: Options) -> _Said:
         return _Said(known=known, secret=known.get("secret"), inventory=None, error=error.message)
 
 
-def _ask_there(address: str, credentials: Credentials, options: Options) -> _Said:
+def _ask_there(address: str, credentials: Credentials, options: Options, *, hold: bool) -> _Said:
     try:
         peer = Peer(address, credentials, options)
         try:
@@ -187,12 +192,19 @@ def _ask_there(address: str, credentials: Credentials, options: Options) -> _Sai
                 if error.kind != "unknown-method":  # an agent of a version that does not tell
                     raise
                 known = {}
+            if hold:
+                peer.call("hold", {"seconds": _asking_s(options)}, deadline_s=_ASK_S)
             fields = peer.call("inventory", {}, deadline_s=options.inventory_timeout_s)
             return _Said(known=known, inventory=Inventory.from_fields(fields))
         finally:
             peer.close()
     except CheckpointError as error:
         return _Said(known={}, inventory=None, error=error.message)
+
+
+def _asking_s(options: Options) -> int:
+    """What all questions may take, here and there."""
+    return min(int(2 * options.inventory_timeout_s) + _HOLD_S, int(AGENT_HOLD_S_MAX))
 
 
 def _asked(said: _Said, address: str | None, found: Found | None, *, rank: int | None = None) -> Asked:

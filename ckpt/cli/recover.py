@@ -45,7 +45,7 @@ def recover(printer: Printer, run: Address, target: Address | None, step: int | 
     wanted = _wanted(run, step, flags)
     printer.about["run"] = run.url
     options = config.from_environment()
-    standing = look(run.url, options)
+    standing = look(run.url, options, hold=target is not None)
     document = _document(run, standing, wanted.step)
     if target is None and wanted.approximate is None:
         printer.document(document)

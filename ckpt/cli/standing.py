@@ -55,10 +55,14 @@ class Standing:
         return [one for one in found if step is None or one[0] == step]
 
 
-def look(url: str, options: Options) -> Standing:
-    """Ask agents and store. Never raises because one of them does not answer."""
+def look(url: str, options: Options, *, hold: bool = False) -> Standing:
+    """Ask agents and store. Never raises because one of them does not answer.
+
+    Args:
+        hold: whether agents are kept from ending meanwhile.
+    """
     run_id = run_id_of(url)
-    surveyed = survey(run_id, options)
+    surveyed = survey(run_id, options, hold=hold)
     left = [one for one in leftovers(memory_folder(options)) if one.header is not None and one.header.run_id == run_id]
     return Standing(
         survey=surveyed,

@@ -8,7 +8,10 @@ import pytest
 import torch
 
 from ckpt.engine.approximate import Approximation, LayerNames, Rebuilt, plan_checkfree, values
+from ckpt.engine.substitute import substitutes
 from ckpt.errors import CheckpointError, InvalidInputError
+from ckpt.format.objects import decode, encode
+from ckpt.format.receipt import ObjectRow
 from ckpt.format.spec import TensorSpec
 
 NAMES = LayerNames("layers.{}.**")
@@ -129,3 +132,27 @@ def test_a_pattern_with_a_state_key_is_about_that_key_and_all_optimizer_state() 
     assert [place and place[0] for place in found] == [12, None, 3]
     assert names.renamed("optimizer/layers.3.w/exp_avg", 10) == "optimizer/layers.10.w/exp_avg"
     assert names.renamed("model/layers.12.w", 0) == "model/layers.0.w"
+
+
+def row(name: str, kind: str, rank: int, tree: object, *, dp: tuple[int, int] = (-1, -1)) -> tuple[ObjectRow, bytes]:
+    data = encode(tree, name=name)  # type: ignore[arg-type]
+    place = {"writer": rank, "byte_offset": 0, "nbytes": len(data), "digest": str(rank)}
+    return ObjectRow(name=name, kind=kind, rank=rank, dp_rank=dp[0], dp_size=dp[1], **place), data  # type: ignore[arg-type]
+
+
+def test_lost_ranks_get_hyperparameters_of_the_stage_before_fresh_streams_and_what_all_share() -> None:
+    groups = [[{"params": [f"layers.{n}.w"], "lr": 0.1 * (n + 1)}] for n in (1, 3)]
+    rows = {
+        "optimizer": [row("optimizer", "optimizer", r, {"groups": g, "param_state": {}}) for r, g in enumerate(groups)],
+        "rng": [row("rng", "rank", rank, {"named": {}}) for rank in (0, 1)],
+        "progress": [row("progress", "replicated", rank, {"epoch": 3}) for rank in (0, 1)],
+        "loader": [row("loader", "loader", 0, {"at": 1}, dp=(0, 2))],
+    }
+    found, notes = substitutes([2, 3], rows, plan({2}, num_layers=4, stage=1).stages, NAMES)
+    trees = {(rank, one.name): decode(one.data, name=one.name) for rank, some in found.items() for one in some}
+
+    assert trees[2, "optimizer"] == {"groups": [{"params": ["layers.2.w"], "lr": 0.2}], "param_state": {}}
+    assert trees[3, "optimizer"] == {"groups": [], "param_state": {}}
+    assert trees[2, "progress"] == trees[3, "progress"] == {"epoch": 3}
+    assert len({str(trees[rank, "rng"]) for rank in (2, 3)}) == 2 and (2, "loader") not in trees
+    assert len(notes) == 2 and "fresh random streams" in notes[0] and "loader" in notes[1]
