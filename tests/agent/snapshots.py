@@ -166,7 +166,7 @@ class Cluster:
         for node, part in zip(self.nodes, parts, strict=True):
             node.keep(part)
         pairs = list(zip(self.nodes, parts, strict=True))
-        until(lambda: all(node.state_of(part) != "protecting" for node, part in pairs))
+        until(lambda: all(node.state_of(part) != "protecting" for node, part in pairs), timeout_s=60.0)
         assert [node.state_of(part) for node, part in pairs] == ["protected"] * len(pairs)
 
     def leave(self) -> None:

@@ -17,7 +17,7 @@ from tests.agent.conftest import until
 from tests.agent.snapshots import Cluster, Cut, Node
 
 NBYTES = 8 << 20
-STEPS = 40
+STEPS = 25
 
 
 def part(step: int) -> Cut:
@@ -48,7 +48,7 @@ def test_an_inventory_taken_while_a_trainer_saves_is_neither_an_error_nor_harm(t
             one.start()
         for step in range(STEPS):
             node.keep(part(step))
-            until(lambda step=step: node.state_of(part(step)) == "protected")  # type: ignore[misc]
+            until(lambda step=step: node.state_of(part(step)) == "protected", timeout_s=60.0)  # type: ignore[misc]
         over.set()
         for one in observers:
             one.join()

@@ -185,19 +185,19 @@ def test_a_stopped_agent_and_a_flipped_bit_cost_time_and_nothing_else(
 
     assert states(made, 20) == "dhhhdh" and [one["rank"] for one in made["agents"] if one["error"]] == [4]
     assert values(tmp_path / "out", 20) == values(steps[0], 20)
-    assert took_s < 40
+    assert took_s < 90
 
 
 def test_the_lease_does_not_end_while_somebody_holds_the_agent_and_does_after(
     program: Program, start: Callable[..., Cluster], tmp_path: Path
 ) -> None:
-    cluster = start(PAIRS, agent_lease_s=3.0)
+    cluster = start(PAIRS, agent_lease_s=8.0)
     here, there = cluster.nodes[0], cluster.nodes[5]
     client = connect(places(here.identity, here.options).socket, here.identity, here.options, role="observer")
     credentials = Credentials(run_id=here.identity.run_id.hex, secret=SECRET, member="test")
     peer = Peer(there.address, credentials, here.options)
-    left_s = client.call("hold", {"seconds": 8})[0]["lease_left_s"]
-    far_s = peer.call("hold", {"seconds": 8}, deadline_s=5.0)["lease_left_s"]
+    left_s = client.call("hold", {"seconds": 20})[0]["lease_left_s"]
+    far_s = peer.call("hold", {"seconds": 20}, deadline_s=5.0)["lease_left_s"]
     with pytest.raises(InvalidInputError):
         client.call("hold", {"seconds": 1 << 40})
     with pytest.raises(PeerError):
@@ -206,18 +206,18 @@ def test_the_lease_does_not_end_while_somebody_holds_the_agent_and_does_after(
     peer.close()
     until(lambda: Owner.of(cluster.nodes[2].pid) is None)  # its lease was over
     held = [Owner.of(node.pid) is not None for node in (here, there)]
-    until(lambda: Owner.of(here.pid) is None and Owner.of(there.pid) is None)
+    until(lambda: Owner.of(here.pid) is None and Owner.of(there.pid) is None, timeout_s=60.0)
 
-    assert 7 < left_s <= 8 and 7 < far_s <= 8 and held == [True, True]
+    assert 15 < left_s <= 20 and 15 < far_s <= 20 and held == [True, True]
 
 
 def test_agents_stay_while_a_recovery_reads_however_short_their_lease(
     start: Callable[..., Cluster], tmp_path: Path
 ) -> None:
-    cluster = start(PAIRS, agent_lease_s=4.0)
-    standing = look(str(tmp_path / "run"), from_environment())
+    cluster = start(PAIRS, agent_lease_s=8.0)
+    standing = look(str(tmp_path / "run"), from_environment(), hold=True)
     with Holding(standing.survey, from_environment()):
-        time.sleep(6.0)
+        time.sleep(10.0)
         alive = [Owner.of(node.pid) is not None for node in cluster.nodes]
     assert alive == [True] * 6
 
