@@ -1,0 +1,111 @@
+"""Goal: whatever is lost, a job goes on from the newest step that is left somewhere, with exactly the state of that step.
+
+Method: ranks of real processes, each a node of its own; they train to a step and stay there; trainers, agents and shared memory
+are taken away; a new job restores. Its state is compared, bit for bit, with what the first one had at the step that it names.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from ckpt.config import Options
+from tests.agent.conftest import until
+from tests.agent.nodes import Cluster, Node, cluster
+from tests.workers.rank_group import RankGroup
+from tests.workers.recovering import Job, undisturbed
+
+pytestmark = [pytest.mark.multirank, pytest.mark.timeout(240)]
+
+REACHED_S = 90.0  # the ranks start their agents first
+OPTIONS = Options(
+    agent_reserve_bytes=0,
+    agent_lease_s=60.0,
+    agent_heartbeat_s=0.5,
+    agent_stop_grace_s=3.0,
+    commit_timeout_s=60.0,
+    outcome_grace_s=5.0,
+    peer_connect_s=3.0,
+)
+
+
+class Scene:
+    """One run, start after start. Keeps the digests and losses of each step as first seen."""
+
+    def __init__(self, nodes: Cluster, folder: Path) -> None:
+        self.nodes, self.folder = nodes, folder
+        self.url = str(folder / "run")
+
+    def job(self, nodes: Sequence[Node], stop: int, **changes: Any) -> Job:
+        told = tuple(node.environment for node in nodes)
+        values = {"url": self.url, "folder": str(self.folder), "nodes": told, "stop": stop, "options": OPTIONS}
+        return Job(**{**values, **changes})
+
+    def train_and_kill(self, nodes: Sequence[Node], stop: int, **changes: Any) -> None:
+        """To step `stop`; then SIGKILL to all trainers."""
+        with RankGroup(len(nodes)) as ranks:
+            ranks.start("tests.workers.recovering:train", self.job(nodes, stop, hang=True, **changes))
+            until(lambda: self.at(len(nodes)) >= stop, timeout_s=REACHED_S)
+            kill(ranks)
+
+    def at(self, world: int) -> int:
+        """The step that all ranks have reached."""
+        paths = [self.folder / f"rank-{rank}-of-{world}.json" for rank in range(world)]
+        return min((json.loads(path.read_text())["step"] if path.exists() else 0) for path in paths)
+
+    def restore(self, nodes: Sequence[Node], stop: int, **changes: Any) -> dict[str, Any]:
+        """Another start: what its rank 0 restored, once all ranks are found to have the very state of that step."""
+        expected = self.told("digest")
+        with RankGroup(len(nodes)) as ranks:
+            found = ranks.call("tests.workers.recovering:train", self.job(nodes, stop, **changes), timeout_s=REACHED_S)
+        restored: dict[str, Any] = found[0]["restored"]
+        wanted = expected[restored["step"]]
+        assert [one["digest"] for one in found] == [wanted] * len(nodes)
+        assert [one["restored"]["step"] for one in found] == [restored["step"]] * len(nodes)
+        self.losses = found[0]["losses"]
+        return restored
+
+    def told(self, name: str) -> dict[int, Any]:
+        """By step, what rank 0 said of it last."""
+        found = {int(path.stem.removeprefix("state-")): path for path in self.folder.glob("state-*.json")}
+        return {step: json.loads(path.read_text())[name] for step, path in found.items()}
+
+
+def kill(ranks: RankGroup) -> None:
+    for process in ranks.processes:
+        process.kill()
+    for process in ranks.processes:
+        process.join()
+
+
+@pytest.fixture
+def scene(tmp_path: Path) -> Iterator[Scene]:
+    with cluster() as nodes:
+        yield Scene(nodes, tmp_path)
+
+
+def what(restored: dict[str, Any]) -> tuple[str, int, tuple[int, ...]]:
+    return restored["tier"], restored["step"], tuple(restored["lost_ranks"])
+
+
+def test_killed_trainers_come_back_from_their_own_agents(scene: Scene) -> None:
+    nodes = [scene.nodes.add() for _ in range(3)]
+    scene.train_and_kill(nodes, 7)
+    restored = scene.restore(nodes, 12)
+    assert what(restored) == ("memory", 6, ())
+    assert restored["decoded_nbytes"] == 0
+    assert scene.losses == {step: loss for step, loss in undisturbed(12).items() if step > 6}
+
+
+@pytest.mark.parametrize("lost", [(0,), (1,), (2,)])
+def test_lost_node_is_decoded_when_it_is_replaced(scene: Scene, lost: tuple[int, ...]) -> None:
+    nodes = [scene.nodes.add() for _ in range(3)]
+    scene.train_and_kill(nodes, 5)
+    for place in lost:
+        nodes[place].lose()
+        nodes[place] = scene.nodes.add()
+    assert what(scene.restore(nodes, 8)) == ("memory", 4, lost)
