@@ -15,6 +15,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any
 
+from ckpt import failpoints
 from ckpt.agent import blob, protect, segments
 from ckpt.agent.flush import Flush
 from ckpt.agent.header import State
@@ -44,6 +45,14 @@ class Membership:
     members: tuple[int, ...]  # ranks of this group, in order
     parity: int
     addresses: dict[int, str]  # of the members' agents and of rank 0's
+    peers: dict[int, Peer] = field(repr=False)  # of the same, but for this rank's own
+    over: threading.Event = field(default_factory=threading.Event, repr=False)  # the trainer has joined another group
+
+    def end(self) -> None:
+        """Stop what is under way with its peers: some may be gone, and would be waited for."""
+        self.over.set()
+        for peer in self.peers.values():
+            peer.close()
 
 
 @dataclass(kw_only=True)
@@ -64,10 +73,8 @@ class Member:
         self._server: Server | None = None
         self._secret: bytes | None = None
         self._membership: Membership | None = None
-        self._peers: dict[int, Peer] = {}
         self._progress: OrderedDict[tuple[int, str], _Progress] = OrderedDict()
         self._votes: OrderedDict[tuple[int, str, int], dict[int, bool]] = OrderedDict()
-        self._stopping = threading.Event()
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="ckpt-protect")
 
     def start(self, agent: Agent) -> None:
@@ -90,20 +97,21 @@ class Member:
             "choose": self._choose,
             "inventory": lambda call: self.inventory().fields(),
             "flush": self._flush.begin,
+            "flushes": self._flush.running,
+            "settle": self._flush.settle,
             "stored": self._flush.stored,
         }
         agent.server.handlers.update(handlers)
-        agent.server.open_methods |= {"meet", "inventory"}
+        agent.server.open_methods |= {"meet", "inventory", "flushes", "settle"}
 
     def stop(self, deadline: float) -> None:
         """End what is under way, and give the parity back."""
-        self._stopping.set()
+        if self._membership is not None:
+            self._membership.end()
         self._flush.stop(deadline)
         self._thread.shutdown(cancel_futures=True)
         if self._server is not None:
             self._server.close()
-        for peer in self._peers.values():
-            peer.close()
         self._parity.close()
 
     # the trainer asks
@@ -135,26 +143,24 @@ class Member:
 
     def _join(self, call: Call) -> dict[str, Any]:
         """Be a member of a group, from now on."""
-        given = call.params
+        given, own = call.params, call.integer("rank")
+        addresses = {int(rank): str(address) for rank, address in given["addresses"].items()}
+        credentials = self._credentials()
         membership = Membership(
-            rank=call.integer("rank"),
+            rank=own,
             world=call.integer("world", low=1),
             members=tuple(int(rank) for rank in given["members"]),
             parity=call.integer("parity"),
-            addresses={int(rank): str(address) for rank, address in given["addresses"].items()},
+            addresses=addresses,
+            peers={rank: Peer(at, credentials, self._agent.options) for rank, at in addresses.items() if rank != own},
         )
         parity_bytes = call.integer("parity_bytes")
         if parity_bytes and membership.parity:
             self._parity.reserve(parity_bytes)
         with self._lock:
-            old, self._membership = self._peers, membership
-            self._peers = {
-                rank: Peer(address, self._credentials(), self._agent.options)
-                for rank, address in membership.addresses.items()
-                if rank != membership.rank
-            }
-        for peer in old.values():
-            peer.close()
+            old, self._membership = self._membership, membership
+        if old is not None:
+            old.end()
         self._agent.log.tell("joined", rank=membership.rank, world=membership.world, members=list(membership.members))
         return {}
 
@@ -208,12 +214,16 @@ class Member:
                 while len(self._progress) > _VOTES_KEPT:
                     self._progress.popitem(last=False)
             self._agent.slots.seal(name, generation, total, crc)
-        self._thread.submit(self._protect, name, generation, card)
+        self._thread.submit(self._protect, name, generation, card, membership)
         return {}
 
     def _choose(self, call: Call) -> dict[str, Any]:
-        """The job goes on from this snapshot: others were given up, and must not stand in the way of new ones."""
-        of = call.integer("step"), call.text("attempt")
+        """The job goes on from this snapshot, or from the store (no step): others were given up, and must not stand in the
+        way of new ones."""
+        of = None if call.params.get("step") is None else (call.integer("step"), call.text("attempt"))
+        if self._membership is not None:
+            self._membership.end()
+        self._thread.submit(lambda: None).result(max(0.0, call.deadline - time.monotonic()))  # what it did is over
         for slots in (self._agent.slots, self._parity):
             for header in slots.headers():
                 if header.is_complete and (header.step, header.attempt) != of:
@@ -222,7 +232,7 @@ class Member:
                 elif header.state is State.SEALED:
                     name = next(one.name for one in slots.all() if one.header.generation == header.generation)
                     slots.protect(name, header.generation)
-        self._agent.log.tell("chosen", step=of[0], attempt=of[1])
+        self._agent.log.tell("chosen", step=None if of is None else of[0], attempt=None if of is None else of[1])
         return {}
 
     def _tell_progress(self, call: Call) -> dict[str, Any]:
@@ -235,11 +245,11 @@ class Member:
 
     # protecting
 
-    def _protect(self, name: str, generation: int, card: Card) -> None:
+    def _protect(self, name: str, generation: int, card: Card, membership: Membership) -> None:
         of = (card.step, card.attempt)
         start = time.monotonic()
         try:
-            facts = self._make_and_vote(name, generation, card)
+            facts = self._make_and_vote(name, generation, card, membership)
         except Exception as error:  # noqa: BLE001 - told to the trainer and the log; the snapshot before stands
             text = error.message if isinstance(error, CheckpointError) else f"{type(error).__name__}: {error}"
             self._agent.log.tell("not-protected", step=card.step, attempt=card.attempt, error=text)
@@ -252,13 +262,15 @@ class Member:
             one = self._progress[of]
             one.facts, one.state = facts, "protected"
 
-    def _make_and_vote(self, name: str, generation: int, card: Card) -> dict[str, Any]:
-        options = self._agent.options
+    def _make_and_vote(self, name: str, generation: int, card: Card, membership: Membership) -> dict[str, Any]:
+        options, peers, stopped = self._agent.options, membership.peers, membership.over.is_set
         ends_at = time.monotonic() + options.protect_timeout_s
         facts: dict[str, Any] = {}
         made: tuple[Segment, int] | None = None
+        failpoints.hit("agent.before-parity")
         if card.parity:
-            cards = protect.cards_of_group(card, self._peers, ends_at=ends_at)
+            cards = protect.cards_of_group(card, peers, ends_at=ends_at, stopped=stopped)
+            self._drop_failed(self._parity)
             segment = self._parity.begin(step=card.step, attempt=card.attempt, epoch=0, world=card.world)
             generation_of_parity = segment.header.generation
             try:
@@ -266,12 +278,12 @@ class Member:
                 done = protect.make_parity(
                     cards,
                     card.rank,
-                    self._peers,
+                    peers,
                     memory,
                     run_id=self._agent.identity.run_id.hex,
                     options=options,
                     ends_at=ends_at,
-                    stopped=self._stopping.is_set,
+                    stopped=stopped,
                 )
                 nbytes = len(card.members) and card.parity * done.parity.block_bytes
                 total, crc = _end_payload(memory, nbytes, crc32c(memory[:nbytes]), done.parity.fields())
@@ -281,20 +293,18 @@ class Member:
                 raise
             made = segment, generation_of_parity
             facts = {"pulled_bytes": done.pulled_nbytes, "pull_s": done.pull_s, "code_s": done.code_s}
-        try:
-            changed = self._vote(card, ends_at)
-        except BaseException:
-            if made is not None:
-                self._parity.discard(made[0].name, made[1])
-            raise
+        # The parity stays when the vote fails, until the next snapshot needs its room: others may have seen it succeed.
+        failpoints.hit("agent.before-vote")
+        changed = self._vote(card, ends_at, membership)
         with self._lock:
             self._progress[card.step, card.attempt].changed |= changed
+        failpoints.hit("agent.before-protected")
         if made is not None:
             self._parity.protect(made[0].name, made[1])
         self._agent.slots.protect(name, generation)
         return facts
 
-    def _vote(self, card: Card, ends_at: float) -> bool:
+    def _vote(self, card: Card, ends_at: float, membership: Membership) -> bool:
         """Tell rank 0's agent that this rank's part is protected, and wait until all are. Whether a structure changed."""
         changed = self._progress[card.step, card.attempt].changed
         payload = {
@@ -303,9 +313,14 @@ class Member:
         pause_s = _VOTE_S[0]
         while True:
             left_s = ends_at - time.monotonic()
-            if left_s <= 0 or self._stopping.is_set():
+            if membership.over.is_set():
+                raise PeerError("the group is over", kind="peer-stopped")
+            if left_s <= 0:
                 raise PeerError(f"not all ranks have protected step {card.step} in time", kind="peer-late")
-            answer = self._count(payload) if card.rank == 0 else self._peers[0].call("vote", payload, deadline_s=left_s)
+            if card.rank == 0:
+                answer = self._count(payload)
+            else:
+                answer = membership.peers[0].call("vote", payload, deadline_s=left_s)
             if answer["all"]:
                 return bool(answer["changed"])
             time.sleep(pause_s)

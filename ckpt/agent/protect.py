@@ -15,6 +15,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from ckpt import failpoints
 from ckpt.agent.decode import key_of
 from ckpt.agent.inventory import Card, Parity
 from ckpt.agent.stripes import Block, Step, Stripes, encode_plan
@@ -41,7 +42,9 @@ def nbytes_needed(blob_bytes: int, *, num_members: int, parity: int) -> int:
     return Stripes(image_nbytes=(blob_bytes,) * num_members, num_parity=parity).parity_nbytes
 
 
-def cards_of_group(card: Card, peers: Mapping[int, Peer], *, ends_at: float) -> tuple[Card, ...]:
+def cards_of_group(
+    card: Card, peers: Mapping[int, Peer], *, ends_at: float, stopped: Callable[[], bool] = lambda: False
+) -> tuple[Card, ...]:
     """The cards of all members for the step of `card`. PeerError when one has none by `ends_at` (of `time.monotonic`)."""
     found = {card.rank: card}
     pause_s = _ASK_S[0]
@@ -50,6 +53,8 @@ def cards_of_group(card: Card, peers: Mapping[int, Peer], *, ends_at: float) -> 
             if rank in found:
                 continue
             left_s = ends_at - time.monotonic()
+            if stopped():
+                raise PeerError("the group is over", kind="peer-stopped")
             if left_s <= 0:
                 missing = [r for r in card.members if r not in found]
                 raise PeerError(f"ranks {missing} have not sealed step {card.step} in time", kind="peer-late")
@@ -92,8 +97,9 @@ def make_parity(
     with _Encoder(cards, stripes, peers, memory, run_id=run_id, options=options, ends_at=ends_at) as encoder:
         for step in _chunks(stripes, member, encoder.chunk_bytes):
             if stopped():
-                raise PeerError("the agent ends", kind="peer-stopped")
+                raise PeerError("the group is over", kind="peer-stopped")
             encoder.add(step)
+            failpoints.hit("agent.in-parity")
         encoder.finish()
         parity = Parity(rank=rank, cards=cards, block_bytes=stripes.block_bytes)
         return Made(parity=parity, pulled_nbytes=encoder.pulled_nbytes, pull_s=encoder.pull_s, code_s=encoder.code_s)

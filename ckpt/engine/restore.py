@@ -48,6 +48,9 @@ class OpenedSnapshot(Store, Protocol):
 class MemoryTier(Protocol):
     """Snapshots in the memory of agents, as restoring sees them. All ranks call alike."""
 
+    def settle(self) -> None:
+        """What agents still write to the store is written to its end where that can be, else given up for good."""
+
     def candidates(self) -> Sequence[Snapshot]:
         """All of which something is left, the newest step first."""
 
@@ -82,6 +85,7 @@ def restore(
     start = time.perf_counter()
     passed_over: list[str] = []
     if tier is not None:
+        tier.settle()  # or a checkpoint could appear after the job has gone on from an older one
         stored_step = run.newest_step()
         for number, candidate in enumerate(tier.candidates()):
             if candidate.step < stored_step:

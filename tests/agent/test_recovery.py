@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 
+from ckpt.agent.header import HEADER_BYTES
 from ckpt.config import Options
 from tests.agent.conftest import until
 from tests.agent.nodes import Cluster, Node, cluster
@@ -109,3 +110,67 @@ def test_lost_node_is_decoded_when_it_is_replaced(scene: Scene, lost: tuple[int,
         nodes[place].lose()
         nodes[place] = scene.nodes.add()
     assert what(scene.restore(nodes, 8)) == ("memory", 4, lost)
+
+
+def test_two_lost_nodes_are_decoded_with_two_parities(scene: Scene) -> None:
+    nodes = [scene.nodes.add() for _ in range(4)]
+    scene.train_and_kill(nodes, 5, parity=2)
+    for place in (0, 2):
+        nodes[place].lose()
+        nodes[place] = scene.nodes.add()
+    restored = scene.restore(nodes, 8, parity=2)
+    assert what(restored) == ("memory", 4, (0, 2))
+    assert restored["decoded_nbytes"] > 0
+    assert scene.losses == {step: loss for step, loss in undisturbed(8).items() if step > 4}
+
+
+@pytest.mark.parametrize("layout", ["replicated", "fsdp"])
+def test_job_goes_on_with_the_nodes_that_are_left(scene: Scene, layout: str) -> None:
+    nodes = [scene.nodes.add() for _ in range(4)]
+    scene.train_and_kill(nodes, 5, layout=layout)
+    nodes.pop(1).lose()
+    assert what(scene.restore(nodes, 8, layout=layout)) == ("memory", 4, (1,))
+    expected = {step: loss for step, loss in undisturbed(8).items() if step > 4}
+    assert scene.losses == (expected if layout == "replicated" else pytest.approx(expected, rel=1e-4))
+
+
+def test_fewer_ranks_than_parity_needs_go_on_with_less_parity(scene: Scene) -> None:
+    nodes = [scene.nodes.add() for _ in range(4)]
+    scene.train_and_kill(nodes, 5, parity=2)
+    for place in (3, 0):
+        nodes.pop(place).lose()
+    assert what(scene.restore(nodes, 7, parity=2)) == ("memory", 4, (0, 3))
+
+
+def test_more_lost_than_parity_allows_come_back_from_the_store(scene: Scene) -> None:
+    nodes = [scene.nodes.add() for _ in range(3)]
+    scene.train_and_kill(nodes, 7, every=4)
+    for place in (1, 2):
+        nodes[place].lose()
+        nodes[place] = scene.nodes.add()
+    restored = scene.restore(nodes, 9, every=4)
+    assert what(restored) == ("store", 4, ())
+    assert restored["passed_over"] == ("step 6 in memory: of ranks [1, 2] too little is left",)
+    assert scene.losses == {step: loss for step, loss in undisturbed(9).items() if step > 4}
+
+
+@pytest.mark.parametrize("kind", ["image", "parity", "header"])
+def test_flipped_bit_in_memory_counts_as_lost(scene: Scene, kind: str) -> None:
+    nodes = [scene.nodes.add() for _ in range(3)]
+    scene.train_and_kill(nodes, 5, every=4)
+    for path in nodes[1].segments():
+        if ("parity" in str(path.parent)) == (kind == "parity"):
+            flip(path, 100 if kind == "header" else HEADER_BYTES + 1000)
+    if kind == "parity":
+        nodes[0].lose()
+        nodes[0] = scene.nodes.add()
+    restored = scene.restore(nodes, 6, every=4)
+    assert what(restored) == {"image": ("memory", 4, (1,)), "header": ("memory", 4, ())}.get(kind, ("store", 4, ()))
+
+
+def flip(path: Path, place: int) -> None:
+    with path.open("r+b") as file:
+        file.seek(place)
+        byte = file.read(1)
+        file.seek(place)
+        file.write(bytes([byte[0] ^ 1]))
