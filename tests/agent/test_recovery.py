@@ -6,15 +6,18 @@ are taken away; a new job restores. Its state is compared, bit for bit, with wha
 
 from __future__ import annotations
 
+import dataclasses
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from ckpt.agent.header import HEADER_BYTES
+from ckpt.commit import find
 from ckpt.config import Options
+from ckpt.store.open import open_store
 from tests.agent.conftest import until
 from tests.agent.nodes import Cluster, Node, cluster
 from tests.workers.rank_group import RankGroup
@@ -48,9 +51,23 @@ class Scene:
 
     def train_and_kill(self, nodes: Sequence[Node], stop: int, **changes: Any) -> None:
         """To step `stop`; then SIGKILL to all trainers."""
+        self._train_until(lambda: self.at(len(nodes)) >= stop, nodes, stop, **changes)
+
+    def train_until_agent_dies(self, nodes: Sequence[Node], victim: Node, **changes: Any) -> None:
+        """By its failpoint; then SIGKILL to all trainers."""
+        alive = set[int]()
+
+        def is_dead() -> bool:
+            now = set(victim.agents)
+            alive.update(now)
+            return bool(alive) and not now
+
+        self._train_until(is_dead, nodes, 20, **changes)
+
+    def _train_until(self, condition: Callable[[], bool], nodes: Sequence[Node], stop: int, **changes: Any) -> None:
         with RankGroup(len(nodes)) as ranks:
             ranks.start("tests.workers.recovering:train", self.job(nodes, stop, hang=True, **changes))
-            until(lambda: self.at(len(nodes)) >= stop, timeout_s=REACHED_S)
+            until(condition, timeout_s=REACHED_S)
             kill(ranks)
 
     def at(self, world: int) -> int:
@@ -150,7 +167,7 @@ def test_more_lost_than_parity_allows_come_back_from_the_store(scene: Scene) -> 
         nodes[place] = scene.nodes.add()
     restored = scene.restore(nodes, 9, every=4)
     assert what(restored) == ("store", 4, ())
-    assert restored["passed_over"] == ("step 6 in memory: of ranks [1, 2] too little is left",)
+    assert restored["passed_over"][0] == "step 6 in memory: of ranks [1, 2] too little is left"
     assert scene.losses == {step: loss for step, loss in undisturbed(9).items() if step > 4}
 
 
@@ -174,3 +191,60 @@ def flip(path: Path, place: int) -> None:
         byte = file.read(1)
         file.seek(place)
         file.write(bytes([byte[0] ^ 1]))
+
+
+@pytest.mark.parametrize(
+    ("place", "victim", "step"),
+    [
+        ("agent.before-parity", 1, 2),
+        ("agent.in-parity", 1, 2),
+        ("agent.before-vote", 1, 4),  # all parity of step 4 is made: the others can make the lost image again
+        ("agent.before-vote", 0, 4),  # the one lost is who counts the votes
+        ("agent.before-protected", 1, 4),
+    ],
+)
+def test_node_lost_in_the_middle_of_an_encode(scene: Scene, place: str, victim: int, step: int) -> None:
+    nodes = [scene.nodes.add(failpoint=f"{place}:kill@2" if number == victim else "") for number in range(3)]
+    scene.train_until_agent_dies(nodes, nodes[victim])
+    nodes[victim].lose()
+    nodes[victim] = scene.nodes.add()
+    assert what(scene.restore(nodes, 8)) == ("memory", step, (victim,))
+    assert scene.losses == {step_: loss for step_, loss in undisturbed(8).items() if step_ > step}
+
+
+def test_agent_killed_in_an_encode_leaves_its_memory_to_the_next(scene: Scene) -> None:
+    nodes = [scene.nodes.add(failpoint="agent.in-parity:kill@2" if number == 1 else "") for number in range(3)]
+    scene.train_until_agent_dies(nodes, nodes[1])
+    nodes[1] = dataclasses.replace(nodes[1], failpoint="")
+    assert what(scene.restore(nodes, 6)) == ("memory", 4, ())
+
+
+@pytest.mark.parametrize(
+    ("place", "victim", "stored"),
+    [
+        ("agent.in-flush", 1, 4),
+        ("commit.before-receipt", 1, 4),
+        ("commit.before-manifest", 0, 4),
+        ("commit.after-manifest", 0, 8),
+    ],
+)
+@pytest.mark.parametrize("num_lost", [1, 2])
+def test_node_lost_in_the_middle_of_a_flush(scene: Scene, place: str, victim: int, stored: int, num_lost: int) -> None:
+    nodes = [scene.nodes.add(failpoint=f"{place}:kill@2" if number == victim else "") for number in range(3)]
+    scene.train_until_agent_dies(nodes, nodes[victim], every=4)
+    lost = sorted({victim, 2} if num_lost == 2 else {victim})
+    for number in lost:
+        nodes[number].lose()
+        nodes[number] = scene.nodes.add()
+    tier, step, _ = what(scene.restore(nodes, 13, every=4))  # and saves steps 8 and 12, if they are not there
+    if num_lost == 1:
+        assert tier == "memory" and step in (6, 8)  # the snapshot of step 8 was under way, too
+        assert step >= stored
+    else:
+        assert (tier, step) == ("store", stored)
+    assert scene.losses == {step_: loss for step_, loss in undisturbed(13).items() if step_ > step}
+    assert steps_in(scene.url) == [4, 8, 12] if step < 8 or stored == 8 else steps_in(scene.url)[-1] == 12
+
+
+def steps_in(url: str) -> list[int]:
+    return find.steps(open_store(url, options=OPTIONS))

@@ -20,6 +20,7 @@ from torch import nn
 
 import ckpt
 from ckpt.config import Memory, Options
+from ckpt.errors import CheckpointError
 
 WIDTH = 48
 MICRO_BATCHES = 12  # dealt out to 1, 2, 3 or 4 ranks alike
@@ -69,7 +70,12 @@ def train(job: Job) -> dict[str, Any]:
             _write(Path(job.folder) / f"state-{step}.json", {"digest": of_step, "loss": out["losses"][step]})
         pending = checkpointer.step(step, state)
         if pending is not None and job.wait:
-            pending.wait(SAVED_S)
+            try:
+                pending.wait(SAVED_S)
+            except CheckpointError:
+                if job.hang:
+                    break  # its agent, or one of the group, was killed
+                raise
         _write(Path(job.folder) / f"rank-{rank}-of-{dist.get_world_size()}.json", {"step": step})
     while job.hang:
         time.sleep(1.0)
