@@ -34,6 +34,7 @@ from ckpt.kernels import crc32c, crc32c_combine
 
 _VOTES_KEPT = 16  # snapshots of which the agent of rank 0 remembers who voted
 _VOTE_S = (0.005, 0.25)  # between two questions whether all have voted: at first, and at most
+_TELL_S = 2.0  # the agent of rank 0 that ends waits so long for others to ask what became of a vote
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -75,6 +76,7 @@ class Member:
         self._membership: Membership | None = None
         self._progress: OrderedDict[tuple[int, str], _Progress] = OrderedDict()
         self._votes: OrderedDict[tuple[int, str, int], dict[int, bool]] = OrderedDict()
+        self._untold: set[int] = set()  # ranks that have not heard that the newest vote is complete
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="ckpt-protect")
 
     def start(self, agent: Agent) -> None:
@@ -106,6 +108,9 @@ class Member:
 
     def stop(self, deadline: float) -> None:
         """End what is under way, and give the parity back."""
+        told_by = min(deadline, time.monotonic() + _TELL_S)
+        while self._untold and time.monotonic() < told_by:
+            time.sleep(_VOTE_S[0])
         if self._membership is not None:
             self._membership.end()
         self._flush.stop(deadline)
@@ -330,9 +335,15 @@ class Member:
         of = (int(payload["step"]), str(payload["attempt"]), int(payload["world"]))
         with self._lock:
             votes = self._votes.setdefault(of, {})
-            votes[int(payload["rank"])] = bool(payload["changed"])
+            rank = int(payload["rank"])
+            is_last = len(votes) == of[2] - 1 and rank not in votes
+            votes[rank] = bool(payload["changed"])
             while len(self._votes) > _VOTES_KEPT:
                 self._votes.popitem(last=False)
+            if is_last:
+                self._untold = set(range(of[2]))
+            if len(votes) == of[2]:
+                self._untold.discard(rank)
             return {"all": len(votes) == of[2], "changed": any(votes.values())}
 
     # peers ask

@@ -91,13 +91,15 @@ class Cluster:
             "CKPT_AGENT_MEMORY_FOLDER": str(memory),
             "CKPT_AGENT_RESERVE_BYTES": "0",
             "CKPT_TERMINATE_GRACE_S": "2",
+            # With a shared store, torchrun would give the second start the addresses of the first one's ranks.
+            "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1",
         }
         if failpoint:
             environment["CKPT_FAILPOINT"] = failpoint
         log = self._out / "logs" / f"{name}.jsonl"
         with (self._out / "logs" / f"{name}.txt").open("wb") as stream:
             torchrun = subprocess.Popen(
-                [*place.prefix, *self._torchrun(place), "--log", str(log), *self._arguments],
+                [*place.prefix, *self._torchrun(place), "--events", str(log), *self._arguments],
                 cwd=ROOT,
                 env=environment,
                 stdin=subprocess.DEVNULL,

@@ -94,6 +94,9 @@ class Story:
         acted = time.time()
 
         def back() -> bool:
+            for node in self._cluster.nodes.values():
+                if node.torchrun.poll() is not None:
+                    raise DemoError(f"torchrun of {node.name} ended with {node.torchrun.returncode}")
             now = [one for one in self.events() if one["time"] > acted]
             restored = [one for one in now if one["event"] == "restored" and one["rank"] == 0]
             row.world = int(restored[-1]["world"]) if restored else 0
@@ -253,7 +256,7 @@ def main() -> int:
     network, what = make_network(loopback=given.loopback)
     print(f"nodes: {what}\n{HEAD}", flush=True)
     arguments = {
-        "--run": out / "run", "--steps": steps, "--every": STORE_EVERY, "--memory-every": MEMORY_EVERY,
+        "--checkpoints": out / "run", "--steps": steps, "--every": STORE_EVERY, "--memory-every": MEMORY_EVERY,
         "--parity": PARITY, "--pause": 0.05,
     }  # fmt: skip
     words = [str(word) for pair in arguments.items() for word in pair]

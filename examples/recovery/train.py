@@ -26,7 +26,7 @@ from ckpt.config import Memory
 WIDTH = 256
 MICRO_BATCHES = 12
 JOIN_S = 60.0  # ranks of one start may come so far apart
-EXCHANGE_S = 6.0  # a node whose link is cut is noticed after that
+EXCHANGE_S = 10.0  # a node whose link is cut is noticed after that
 
 
 def build() -> tuple[nn.Module, torch.optim.Optimizer]:
@@ -85,7 +85,7 @@ class Log:
 def main() -> None:
     """One rank, from its start to its end or the next failure."""
     given = _parse()
-    log = Log(given.log)
+    log = Log(given.events)
     torch.set_num_threads(1)
     dist.init_process_group("gloo", timeout=timedelta(seconds=JOIN_S))
     group = dist.new_group(timeout=timedelta(seconds=EXCHANGE_S))
@@ -99,7 +99,7 @@ def main() -> None:
         group_size=4,
         address=os.environ.get("NODE_ADDRESS"),
     )
-    with ckpt.Checkpointer(given.run, every=given.every, memory=memory) as checkpointer:
+    with ckpt.Checkpointer(given.checkpoints, every=given.every, memory=memory) as checkpointer:
         first = checkpointer.restore(state) or 0
         restored = None if checkpointer.restored is None else dataclasses.asdict(checkpointer.restored)
         log.tell("restored", rank=rank, world=world, restored=restored)
@@ -120,8 +120,8 @@ def main() -> None:
 
 def _parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--run", required=True)
-    parser.add_argument("--log", type=Path, required=True)
+    parser.add_argument("--checkpoints", required=True)
+    parser.add_argument("--events", type=Path, required=True)
     parser.add_argument("--steps", type=int, required=True)
     parser.add_argument("--every", type=int, default=20)
     parser.add_argument("--memory-every", type=int, default=2)
