@@ -70,12 +70,13 @@ class Cluster:
         self._memory = Path(tempfile.mkdtemp(prefix="ckpt-demo-", dir="/dev/shm"))
         self._store = dist.TCPStore("0.0.0.0", 0, is_master=True, wait_for_workers=False)
         self.nodes: dict[str, Node] = {}
-        self._agents: dict[int, psutil.Process] = {}
+        self._count = 0
         (out / "logs").mkdir(parents=True, exist_ok=True)
 
     def add(self, *, failpoint: str = "") -> Node:
         """A fresh node. The failpoint is its agent's."""
-        number = self._count = getattr(self, "_count", 0) + 1
+        self._count += 1
+        number = self._count
         name = f"node-{number}"
         place = self._network.add(number)
         runtime, memory = self._runtime / str(number), self._memory / str(number)
@@ -176,4 +177,4 @@ def wait_until(condition: Callable[[], bool], timeout_s: float, what: str) -> No
     while not condition():
         if time.monotonic() > deadline:
             raise TimeoutError(f"{what}: not within {timeout_s:.0f} s")
-        time.sleep(0.02)
+        time.sleep(0.05)

@@ -26,7 +26,7 @@ from examples.recovery.network import make_network
 from examples.recovery.train import undisturbed
 
 STORE_EVERY, MEMORY_EVERY, PARITY = 20, 2, 2
-BACK_S = 90.0  # the longest that the job may be away
+BACK_S = 120.0  # the longest that the job may be away
 PRODUCTS = ("logs", "run", "report.json")
 
 
@@ -64,15 +64,22 @@ class Story:
     def __init__(self, cluster: Cluster, out: Path, steps: int) -> None:
         self._cluster, self._out, self._steps = cluster, out, steps
         self._start_s = time.time()
+        self._events: list[dict[str, Any]] = []
+        self._read: dict[Path, int] = {}  # bytes of a log that are in `_events`
         self.rows: list[Row] = []
 
     def events(self) -> list[dict[str, Any]]:
         """What all ranks told, by time."""
-        found = []
         for path in sorted((self._out / "logs").glob("*.jsonl")):
-            lines = path.read_text().splitlines()
-            found += [{**json.loads(line), "node": path.stem} for line in lines]
-        return sorted(found, key=lambda one: float(one["time"]))
+            with path.open("rb") as file:
+                file.seek(self._read.get(path, 0))
+                fresh = file.read().splitlines(keepends=True)
+            for text in fresh:
+                if text.endswith(b"\n"):
+                    self._read[path] = self._read.get(path, 0) + len(text)
+                    self._events.append(json.loads(text))
+        self._events.sort(key=lambda one: float(one["time"]))
+        return list(self._events)
 
     def begin(self, num_nodes: int, *, failpoints: dict[int, str]) -> list[Node]:
         """The first start."""
