@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from ckpt.api import Checkpointer, async_save, load, open, save
-    from ckpt.config import Options
+    from ckpt.config import Memory, Options
     from ckpt.convert.zarr import zarr_store
     from ckpt.engine.attempt import Saved
     from ckpt.engine.load import Loaded
@@ -47,6 +47,7 @@ _PLACES = {
     "load": "ckpt.api",
     "open": "ckpt.api",
     "save": "ckpt.api",
+    "Memory": "ckpt.config",
     "Options": "ckpt.config",
     "zarr_store": "ckpt.convert.zarr",
     "PendingSave": "ckpt.engine.pending",
@@ -99,6 +100,7 @@ __all__ = [
     "Layout",
     "Loaded",
     "Loader",
+    "Memory",
     "MismatchError",
     "NotFoundError",
     "Options",

@@ -95,7 +95,7 @@ class Tier:
     def _connect(self) -> None:
         """Find or start this rank's agent, agree on the secret of the run, and learn what all agents hold. All ranks call."""
         seats = self._together(lambda: self._where(), "no agent was started")
-        seats = self._together(lambda: self._seen_from_outside(seats), "no agent was started")
+        seats = self._together(lambda: seen_from_outside(seats, self._world.rank, self._memory), "no agent was started")
         counts: Counter[str] = Counter()
         numbers = []
         for one in seats:
@@ -121,15 +121,6 @@ class Tier:
         host = os.environ.get("CKPT_NODE") or socket.gethostname()
         domain = os.environ.get("CKPT_FAILURE_DOMAIN") or host
         return {"host": host, "domain": domain, "address": self._memory.address or own_address()}
-
-    def _seen_from_outside(self, seats: list[dict[str, Any]]) -> dict[str, Any]:
-        """This rank's seat; where the master's name leads to itself (127.0.1.1, say), with the address towards another host."""
-        mine = seats[self._world.rank]
-        others = [str(one["address"]) for one in seats if one["host"] != mine["host"]]
-        outside = [address for address in others if not _is_loopback(address)]
-        if self._memory.address is None and _is_loopback(mine["address"]) and outside:
-            return {**mine, "address": address_towards(outside[0])}
-        return mine
 
     def _look(self) -> dict[str, Any]:
         """What an agent of this seat, if one lives, knows already."""
@@ -428,6 +419,16 @@ def address_towards(host: str) -> str:
                 kind="no-address",
                 hints=("name an address: Memory(address=...)",),
             ) from error
+
+
+def seen_from_outside(seats: list[dict[str, Any]], rank: int, memory: Memory) -> dict[str, Any]:
+    """A rank's seat; where the master's name leads to itself (127.0.1.1, say), with the address towards another host."""
+    mine = seats[rank]
+    others = [str(one["address"]) for one in seats if one["host"] != mine["host"]]
+    outside = [address for address in others if not _is_loopback(address)]
+    if memory.address is None and _is_loopback(mine["address"]) and outside:
+        return {**mine, "address": address_towards(outside[0])}
+    return mine
 
 
 def _is_loopback(address: str) -> bool:

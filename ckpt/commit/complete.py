@@ -43,9 +43,7 @@ class Request:
 class Completion:
     """What becomes of one rank's saves into one store. One owner; `report` and `published_change` any thread."""
 
-    def __init__(
-        self, store: Store, options: Options, *, rank: int, world: int, clock: Clock = SYSTEM_CLOCK
-    ) -> None:
+    def __init__(self, store: Store, options: Options, *, rank: int, world: int, clock: Clock = SYSTEM_CLOCK) -> None:
         """
         Args:
             clock: of the waits for other ranks; what its `sleep` raises ends them.

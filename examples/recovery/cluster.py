@@ -108,9 +108,7 @@ class Cluster:
                 stderr=subprocess.STDOUT,
                 start_new_session=True,
             )
-        node = Node(
-            name=name, number=number, place=place, runtime=runtime, memory=memory, log=log, torchrun=torchrun
-        )
+        node = Node(name=name, number=number, place=place, runtime=runtime, memory=memory, log=log, torchrun=torchrun)
         self.nodes[name] = node
         return node
 

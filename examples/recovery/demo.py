@@ -194,7 +194,9 @@ def line(row: Row) -> str:
         source, lost, load = "-", "-", "-"
     else:
         source = f"step {row.restored['step']}, {row.restored['tier']}"
-        lost = ",".join(map(str, row.restored["lost_ranks"])) or ("-" if row.restored["tier"] == "memory" else "too many")
+        lost = ",".join(map(str, row.restored["lost_ranks"])) or (
+            "-" if row.restored["tier"] == "memory" else "too many"
+        )
         load = f"{row.restored['seconds']:.2f} s"
     wrong = "".join(f"  WRONG: {problem}" for problem in row.problems)
     return (
@@ -236,7 +238,11 @@ def tell(story: Story, *, quick: bool) -> None:
         flushing.append(cluster.add(failpoint="agent.in-flush:kill@1"))
         cluster.add()
 
-    story.fault("two nodes at once, in the middle of an encode; replaced", lose_two, Expected(tier="memory", num_lost=2, world=4))
+    story.fault(
+        "two nodes at once, in the middle of an encode; replaced",
+        lose_two,
+        Expected(tier="memory", num_lost=2, world=4),
+    )
     story.until_agent_dies(flushing[0])
 
     def lose_three() -> None:
@@ -303,7 +309,9 @@ def compare(found: dict[int, list[float]], expected: dict[int, float]) -> list[s
     missing = sorted(set(expected) - set(found))
     problems = [f"steps {missing} were never done"] if missing else []
     for step, losses in sorted(found.items()):
-        problems += [f"loss of step {step}: expected {expected.get(step)}, found {x}" for x in losses if x != expected.get(step)]
+        problems += [
+            f"loss of step {step}: expected {expected.get(step)}, found {x}" for x in losses if x != expected.get(step)
+        ]
     return problems
 
 

@@ -99,9 +99,7 @@ class Namespaces:
         _ip("-n", name, "addr", "add", f"{address}/24", "dev", inner)
         _ip("-n", name, "link", "set", inner, "up")
         _ip("-n", name, "link", "set", "lo", "up")
-        return Place(
-            address=address, prefix=("ip", "netns", "exec", name), environment={"GLOO_SOCKET_IFNAME": inner}
-        )
+        return Place(address=address, prefix=("ip", "netns", "exec", name), environment={"GLOO_SOCKET_IFNAME": inner})
 
     def _check(self, number: int) -> None:
         """That the two sides reach each other: a firewall may forbid it."""
