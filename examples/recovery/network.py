@@ -1,14 +1,16 @@
 """Addresses for nodes: network namespaces behind a bridge, or loopback addresses where those cannot be made.
 
-In: numbers of nodes. Out: addresses, prefixes of commands, links that can be cut. Needs root and iproute2 for namespaces; makes only
-names that begin with `ckpt-` and this process's id, and removes them. Never touches another interface.
+In: numbers of nodes. Out: addresses, prefixes of commands, links that can be cut. Needs root and iproute2 for namespaces; makes
+only names that begin with `ckpt-` and this process's id, and removes them. Never touches another interface.
 """
 
 from __future__ import annotations
 
 import os
 import shutil
+import socket
 import subprocess
+import sys
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -103,22 +105,17 @@ class Namespaces:
 
     def _check(self, number: int) -> None:
         """That the two sides reach each other: a firewall may forbid it."""
+        address = f"{self._subnet}.{number}"
         script = (
-            "import socket, threading\n"
-            "s = socket.create_server((%r, 0))\n"
-            "print(s.getsockname()[1], flush=True)\n"
-            "s.settimeout(5)\n"
-            "s.accept()\n"
-        ) % f"{self._subnet}.{number}"
-        import socket
-        import sys
-
+            f"import socket; s = socket.create_server(({address!r}, 0)); print(s.getsockname()[1], flush=True);"
+            " s.settimeout(5); s.accept()"
+        )
         prefix = ["ip", "netns", "exec", self._name(number)]
         server = subprocess.Popen([*prefix, sys.executable, "-c", script], stdout=subprocess.PIPE, text=True)
         try:
             assert server.stdout is not None
             port = int(server.stdout.readline())
-            socket.create_connection((f"{self._subnet}.{number}", port), timeout=3.0).close()
+            socket.create_connection((address, port), timeout=3.0).close()
         finally:
             server.kill()
             server.communicate()

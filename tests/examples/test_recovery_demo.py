@@ -1,7 +1,7 @@
 """Goal: `make demo-recovery` shows what it claims, and fails when it does not.
 
-Method: the short demo as its own process, on network namespaces where they can be made; its checks with made-up results, each wrong
-in one way.
+Method: the short demo as its own process, on network namespaces where they can be made; its checks with made-up results, each
+wrong in one way.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """A small training job that saves into agents, is killed at a step, and comes back.
 
 What the ranks run; all functions on all ranks together. The loss and the state of a step are the same bit for bit on any number
-of ranks (`replicated`): the batch is always the same micro-batches, which are dealt out, and summed in the order of their numbers.
+of ranks (`replicated`): the batch is always the same micro-batches, dealt out, and summed in the order of their numbers.
 """
 
 from __future__ import annotations
