@@ -1,6 +1,6 @@
 """Take nodes away from a training job, more and more at a time, and see that it goes on as if nothing had happened.
 
-In: `--out FOLDER`, `--quick`, `--loopback`. Out: a timeline on stdout; logs, the run's checkpoints and `report.json` in the folder.
+In: `--out FOLDER`, `--quick`, `--loopback`. Out: a timeline on stdout; logs, checkpoints and `report.json` in the folder.
 Exit code 0: it came back each time, from the tier and the step that it should, with the losses of an undisturbed run in every
 bit; 1: it did not, and the message says what. `make demo-recovery` runs it.
 """
