@@ -61,7 +61,9 @@ class Tier:
     def __init__(
         self, url: str, world: World, memory: Memory, options: Options, storage: Mapping[str, Any] | None
     ) -> None:
-        self._url, self._world, self._memory, self._options = url, world, memory, options
+        # The agent has another working folder.
+        self._url = url if "://" in url else os.path.abspath(url)
+        self._world, self._memory, self._options = world, memory, options
         self._storage = dict(storage or {})
         self._run_id = run_id_of(url)
         self._taken: dict[int, tuple[Described, Mapped]] = {}  # address of the memory -> what it is

@@ -26,7 +26,10 @@ from ckpt.config import Options
 from examples.recovery.network import Network, Place
 
 ROOT = Path(__file__).resolve().parents[2]
-NODES = (2, 4)  # least and most
+NODES = (
+    3,
+    4,
+)  # least and most; more than half, or fresh nodes would start by themselves before the others have noticed
 LAST_CALL_S = 5  # after which a start waits no longer for more nodes
 END_S = 20.0
 

@@ -249,11 +249,12 @@ def tell(story: Story, *, quick: bool) -> None:
         others = [node for node in cluster.nodes.values() if node not in (flushing[0], first[0])]
         cluster.lose([flushing[0], *others[:2]])
         cluster.add()
+        cluster.add()
 
     story.fault(
         "three at once, one more than parity, in the middle of a flush",
         lose_three,
-        Expected(tier="store", num_lost=3, world=2),
+        Expected(tier="store", num_lost=3, world=3),
     )
 
 
