@@ -8,7 +8,7 @@ PYTHON := .venv/bin/python
 ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help setup native test docs-test demo bench lint format sanitize clean
+.PHONY: help setup native test docs-test demo demo-recovery bench lint format sanitize clean
 
 help:  ## show this
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1|\2/p' $(MAKEFILE_LIST) | awk -F "|" '{printf "%-18s %s\n", $$1, $$2}'
@@ -27,6 +27,9 @@ docs-test: setup  ## run the code blocks of the docs
 
 demo: setup  ## train, get killed, resume on other layouts, and draw the loss curves
 	@$(PYTHON) examples/demo.py $(ARGS)
+
+demo-recovery: setup  ## train on several nodes (network namespaces, as root), lose more and more of them at once, and go on
+	@$(PYTHON) examples/recovery/demo.py $(ARGS)
 
 bench: setup  ## measure ckpt and its peers side by side; ARGS="--tiny" for a try, "--only small" for one of them
 	@$(PYTHON) -m bench $(ARGS)

@@ -12,6 +12,7 @@ import functools
 import logging
 import os
 import signal
+import sys
 import threading
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
@@ -51,6 +52,8 @@ def _finish_all() -> None:
     """A process that ends waits for the saves on their way; one that failed and was never asked about is logged."""
     for run in list(LIVE):
         try:
+            if hasattr(sys, "last_value"):  # an error ended the program; what agents hold they see to themselves
+                run.leave()
             run.close(_ending.get("grace_s"))
         except Exception as error:  # noqa: BLE001 - one run that fails must not keep others from being finished
             _log.error("%s", first_line(error))
@@ -361,7 +364,8 @@ class Checkpointer:
         try:
             if error is None:
                 self.close()
-            else:  # the job may come back for what its agents hold
+            else:  # the job may come back for what its agents hold, who go on without this process
+                self._run.leave()
                 self._run.close(_ending.get("grace_s"))
         except CheckpointError as problem:
             if error is None:

@@ -41,6 +41,11 @@ KNOWN = {
     "gc.after-verdict": "an attempt is marked as dead, all of its data still there",
     "gc.after-marks": "the images to remove are marked, nothing has been looked at again",
     "gc.between-deletes": "some of a dead attempt's data are gone",
+    "agent.before-parity": "a snapshot is sealed, its parity not begun",
+    "agent.in-parity": "some of the parity is made: after each chunk",
+    "agent.before-vote": "this rank's parity is sealed, nobody has been told",
+    "agent.before-protected": "all ranks have voted, this one does not count the snapshot yet",
+    "agent.in-flush": "some of the image is in the store: after each chunk",
 }
 
 _counts: dict[str, int] = {}

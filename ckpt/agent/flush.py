@@ -12,18 +12,19 @@ import time
 from collections import OrderedDict
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
-from ckpt import config
+from ckpt import config, failpoints
 from ckpt.agent import blob
 from ckpt.agent.inventory import Card
 from ckpt.agent.process import Agent
 from ckpt.agent.segments import Segment
 from ckpt.agent.server import Call
 from ckpt.commit import names
-from ckpt.commit.complete import Completion, Request
-from ckpt.errors import CheckpointError, InvalidInputError, SaveFailedError
+from ckpt.commit.complete import Completion
+from ckpt.commit.waiting import SystemClock
+from ckpt.errors import AgentError, CheckpointError, InvalidInputError, SaveFailedError
 from ckpt.events import Timeline
 from ckpt.kernels import set_thread_nice
 from ckpt.store.base import Store
@@ -37,9 +38,29 @@ _Value = TypeVar("_Value")
 
 @dataclass(kw_only=True)
 class _Outcome:
+    world: int = 0
     state: str = "running"  # then stored, or failed
     changed: bool = False
     error: dict[str, Any] | None = None
+    given_up: threading.Event = field(default_factory=threading.Event)
+
+    def check(self, step: int) -> None:
+        """SaveFailedError when it was given up."""
+        if self.given_up.is_set():
+            raise SaveFailedError(
+                f"step {step} was given up: the agent ends, or ranks that it needs are gone", kind="abandoned"
+            )
+
+
+class _Clock(SystemClock):
+    """Waits that end when the flush is given up."""
+
+    def __init__(self, outcome: _Outcome, step: int) -> None:
+        self._outcome, self._step = outcome, step
+
+    def sleep(self, pause_s: float) -> None:
+        self._outcome.given_up.wait(pause_s)
+        self._outcome.check(self._step)
 
 
 class Flush:
@@ -65,13 +86,13 @@ class Flush:
         segment = pin.__enter__()
         of = segment.header.step, segment.header.attempt
         with self._lock:
-            self._outcomes[of] = _Outcome()
+            outcome = self._outcomes[of] = _Outcome(world=segment.header.world)
             while len(self._outcomes) > _KEPT:
                 self._outcomes.popitem(last=False)
 
         def work() -> None:
             try:
-                rest = self._told(of, lambda: self._write(segment, *self._open(url, storage, given), given))
+                rest = self._told(of, lambda: self._write(segment, *self._open(url, storage, given), given, outcome))
             finally:
                 pin.__exit__(None, None, None)
             if rest is not None:
@@ -92,11 +113,32 @@ class Flush:
                 return {"state": "unknown", "changed": False, "error": None}
             return {"state": found.state, "changed": found.changed, "error": found.error}
 
+    def running(self, call: Call) -> dict[str, Any]:
+        """All flushes that are under way or done: step, attempt, ranks of its job, and whether it is done."""
+        with self._lock:
+            found = [(of, one) for of, one in self._outcomes.items() if one.state != "failed"]
+        return {"flushes": [[*of, one.world, one.state == "stored"] for of, one in found]}
+
+    def settle(self, call: Call) -> dict[str, Any]:
+        """Give up the flushes under way but for those in `keep`, and wait until they are over: published, or never to be."""
+        keep = {(int(step), str(attempt)) for step, attempt in call.params.get("keep", [])}
+        with self._lock:
+            others = [one for of, one in self._outcomes.items() if of not in keep and one.state == "running"]
+        for one in others:
+            one.given_up.set()
+        while any(one.state == "running" for one in others):
+            if time.monotonic() > call.deadline:
+                raise AgentError("the store does not answer: a flush that was given up is not over", kind="timeout")
+            time.sleep(0.005)
+        return {"given_up": sum(one.state == "failed" for one in others)}
+
     def stop(self, deadline: float) -> None:
         """Finish what is under way until `deadline`, then abandon it: what lies there no reader takes for a checkpoint."""
         while time.monotonic() < deadline and any(one.state == "running" for one in list(self._outcomes.values())):
             time.sleep(0.01)
         self._stopping.set()
+        for one in list(self._outcomes.values()):
+            one.given_up.set()
         self._thread.shutdown(cancel_futures=True)
         for store, _ in self._opened.values():
             store.close()
@@ -146,48 +188,53 @@ class Flush:
             self._opened[key] = open_store(url, options=options, storage_options=storage or None), rate
         return self._opened[key]
 
-    def _write(self, segment: Segment, store: Store, rate: TokenBucket, options: config.Options) -> Callable[[], bool]:
+    def _write(
+        self, segment: Segment, store: Store, rate: TokenBucket, options: config.Options, outcome: _Outcome
+    ) -> Callable[[], bool]:
         """The image is durable when this returns. The rest: receipt, then as rank 0 publish; whether a structure changed."""
         payload = segment.payload()[: segment.header.image_bytes]
         what = f"the image of step {segment.header.step}"
         record, nbytes = blob.read_record(payload, what=what)
         card = Card.from_fields(record)
         receipt, request = blob.unpack_rest(bytes(payload[card.image_bytes : nbytes]), what=what)
-        completion = Completion(store, options, rank=card.rank, world=card.world)
+        clock = _Clock(outcome, card.step)
+        completion = Completion(store, options, rank=card.rank, world=card.world, clock=clock)
+
+        def check() -> None:
+            outcome.check(card.step)
+
         with completion.telling_others(card.step, card.attempt):
             key = f"{names.attempt_folder(card.step, card.attempt)}/{names.image_name(card.rank, card.world)}"
-            self._write_image(store, rate, key, payload[: card.image_bytes], options)
+            self._write_image(store, rate, key, payload[: card.image_bytes], options, check)
 
         def rest() -> bool:
             with completion.telling_others(card.step, card.attempt):
-                decide = self._refuse_when_stopping(request)
-                return completion.complete(request, card.attempt, receipt, Timeline(), decide)
+                return completion.complete(request, card.attempt, receipt, Timeline(), decide=check)
 
         return rest
 
     def _write_image(
-        self, store: Store, rate: TokenBucket, key: str, image: memoryview, options: config.Options
+        self,
+        store: Store,
+        rate: TokenBucket,
+        key: str,
+        image: memoryview,
+        options: config.Options,
+        check: Callable[[], None],
     ) -> None:
         writer = store.open_writer(key, nbytes=len(image))
         write = getattr(writer, "write_lasting", writer.write)
         try:
             for low in range(0, len(image), options.chunk_bytes):
-                if self._stopping.is_set():
-                    raise SaveFailedError("the agent ends", kind="abandoned")
+                check()
                 part = image[low : low + options.chunk_bytes]
                 time.sleep(rate.take(len(part), now_s=time.monotonic()))
                 write(part)
+                failpoints.hit("agent.in-flush")
             writer.commit()
         except BaseException:
             writer.abort()
             raise
-
-    def _refuse_when_stopping(self, request: Request) -> Any:
-        def decide() -> None:
-            if self._stopping.is_set():
-                raise SaveFailedError(f"step {request.step} was given up: the agent ends", kind="abandoned")
-
-        return decide
 
 
 def options_for_agent(options: config.Options) -> dict[str, Any]:

@@ -19,6 +19,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
+from ckpt import failpoints
 from ckpt.agent import blob, protect, segments
 from ckpt.agent.flush import Flush
 from ckpt.agent.header import State
@@ -90,6 +91,7 @@ class Member:
         self._ballots: OrderedDict[tuple[int, str, int], _Ballot] = OrderedDict()
         self._missed: OrderedDict[tuple[int, str], str] = OrderedDict()  # what will not come here, and why
         self._untold: set[int] = set()  # ranks that do not know where this agent is now
+        self._unheard: set[int] = set()  # ranks that have not heard that the newest vote is complete
         self._stopping = threading.Event()
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="ckpt-protect")
 
@@ -116,13 +118,18 @@ class Member:
             "choose": self._choose,
             "inventory": lambda call: self.inventory().fields(),
             "flush": self._flush.begin,
+            "flushes": self._flush.running,
+            "settle": self._flush.settle,
             "stored": self._flush.stored,
         }
         agent.server.handlers.update(handlers)
-        agent.server.open_methods |= {"meet", "inventory"}
+        agent.server.open_methods |= {"flushes", "settle", "meet", "inventory"}
 
     def stop(self, deadline: float) -> None:
         """End what is under way, and give the parity back."""
+        told_by = min(deadline, time.monotonic() + _TELL_S)
+        while self._unheard and time.monotonic() < told_by:
+            time.sleep(_VOTE_S[0])
         self._stopping.set()
         self._flush.stop(deadline)
         self._thread.shutdown(cancel_futures=True)
@@ -364,13 +371,16 @@ class Member:
         def stopped() -> bool:
             return self._stopping.is_set() or not self._is_sealed(name, generation)
 
+        failpoints.hit("agent.before-parity")
         try:
             facts = self._make_parity(card, ends_at, stopped) if card.parity else {}
         except BaseException as error:
             text = error.message if isinstance(error, CheckpointError) else f"{type(error).__name__}: {error}"
             self._tell_failure(card, text)
             raise
+        failpoints.hit("agent.before-vote")
         changed = self._vote(card, ends_at, stopped)
+        failpoints.hit("agent.before-protected")
         with self._lock:
             self._progress.setdefault((card.step, card.attempt), _Progress()).changed |= changed
         if not self._mark_protected(card.step, card.attempt):
@@ -473,8 +483,8 @@ class Member:
             ballot = self._ballots.setdefault(of, _Ballot(whole=self._is_protected(step, attempt)))
             while len(self._ballots) > _BALLOTS_KEPT:
                 self._ballots.popitem(last=False)
+            rank, failed = int(payload["rank"]), str(payload.get("failed") or "")
             if not ballot.whole and not ballot.failed:
-                rank, failed = int(payload["rank"]), str(payload.get("failed") or "")
                 if failed:
                     ballot.failed = f"rank {rank}: {failed}"
                 else:
@@ -483,7 +493,10 @@ class Member:
                     ballot.whole, ballot.changed = self._mark_protected(step, attempt), any(ballot.votes.values())
                     ballot.failed = "" if ballot.whole else "rank 0: its image was given up"
                 if ballot.whole or ballot.failed:
+                    self._unheard = set(range(world)) if ballot.whole else set()
                     ballot.votes.clear()
+            if ballot.whole:
+                self._unheard.discard(rank)
             counter = str(self._agent.identity.incarnation)
             return {"all": ballot.whole, "failed": ballot.failed, "changed": ballot.changed, "counter": counter}
 

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from ckpt import failpoints
 from ckpt.agent.decode import key_of
 from ckpt.agent.inventory import Card, Parity
 from ckpt.agent.stripes import Block, Step, Stripes, encode_plan
@@ -104,6 +105,7 @@ def make_parity(
             if stopped():
                 raise PeerError("the agent ends", kind="peer-stopped")
             encoder.add(step)
+            failpoints.hit("agent.in-parity")
         encoder.finish()
         parity = Parity(rank=rank, cards=cards, block_bytes=stripes.block_bytes)
         return Made(parity=parity, pulled_nbytes=encoder.pulled_nbytes, pull_s=encoder.pull_s, code_s=encoder.code_s)

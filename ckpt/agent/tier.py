@@ -7,6 +7,7 @@ changes; a save in between asks nobody but the own agent.
 
 from __future__ import annotations
 
+import ipaddress
 import json
 import logging
 import os
@@ -62,7 +63,9 @@ class Tier:
     def __init__(
         self, url: str, world: World, memory: Memory, options: Options, storage: Mapping[str, Any] | None
     ) -> None:
-        self._url, self._world, self._memory, self._options = url, world, memory, options
+        # The agent has another working folder.
+        self._url = url if "://" in url else os.path.abspath(url)
+        self._world, self._memory, self._options = world, memory, options
         self._storage = dict(storage or {})
         self._run_id = run_id_of(url)
         self._taken: dict[int, tuple[Described, Mapped, Client]] = {}  # address of the memory -> what it is, and whose
@@ -79,6 +82,7 @@ class Tier:
         self._revive_at = 0.0  # of `time.monotonic`: not before
         self._closing = False
         self._lock = threading.Lock()  # of the client and what is mapped, where an agent is started anew
+        self._left = threading.Event()  # the process ends: nobody waits for the agent any more
         self._connect()
 
     # all ranks together
@@ -101,6 +105,7 @@ class Tier:
     def _connect(self) -> None:
         """Find or start this rank's agent, agree on the secret of the run, and learn what all agents hold. All ranks call."""
         seats = self._together(lambda: self._where(), "no agent was started")
+        seats = self._together(lambda: seen_from_outside(seats, self._world.rank, self._memory), "no agent was started")
         counts: Counter[str] = Counter()
         numbers = []
         for one in seats:
@@ -147,7 +152,8 @@ class Tier:
         address = self._listen(self._client, port=0)
         held = [self._client.call("inventory", timeout_s=self._options.inventory_timeout_s)[0]]
         if mine.seat == 0:
-            held += self._unattached()
+            found = self._ask_unattached("inventory", {}, timeout_s=self._options.inventory_timeout_s)
+            held += [one for one in found if one["address"]]
         return {"address": address, "held": held}
 
     def _listen(self, client: Client, *, port: int) -> str:
@@ -160,8 +166,8 @@ class Tier:
         params = {"secret": self._secret.hex(), "host": mine.address, "port": port}
         return str(client.call("listen", params)[0]["address"])
 
-    def _unattached(self) -> list[dict[str, Any]]:
-        """What agents of this host hold whose seat nobody takes any more."""
+    def _ask_unattached(self, method: str, params: dict[str, Any], *, timeout_s: float) -> list[dict[str, Any]]:
+        """What agents of this host answer whose seat nobody takes any more."""
         out = []
         num_seats = sum(one.host == self._seats[self._world.rank].host for one in self._seats)
         for found in discover.agents(self._options, run_id=self._run_id):
@@ -170,14 +176,12 @@ class Tier:
             try:
                 client = connect(found.places.socket, found.identity, self._options, role="observer")
                 try:
-                    out.append(client.call("inventory", timeout_s=self._options.inventory_timeout_s)[0])
+                    out.append(client.call(method, params, timeout_s=timeout_s)[0])
                 finally:
                     client.close()
             except CheckpointError as error:
-                _log.warning(
-                    "agent %s of this host does not tell what it holds: %s", found.places.socket, error.message
-                )
-        return [one for one in out if one["address"]]
+                _log.warning("agent %s of this host does not answer: %s", found.places.socket, error.message)
+        return out
 
     def reserve(self, nbytes: int, *, pinned: bool) -> None:
         """As Keeper.reserve; puts the ranks into groups. All ranks call."""
@@ -237,11 +241,31 @@ class Tier:
             _log.warning("one rank has no peers: its snapshots survive its own crash, and not that of its node")
             return None
         members = [Placed(rank=r, host=s.host, domain=s.domain) for r, s in enumerate(self._seats)]
-        grouping = place(members, group_size=min(self._memory.group_size, self._world.size), parity=self._memory.parity)
+        grouping = self._place(members)
         if self._world.rank == 0:
             for concern in grouping.concerns:
                 _log.warning("%s", concern.message)
         return grouping
+
+    def _place(self, members: list[Placed]) -> Grouping:
+        """Groups with the parity asked for, or the most that these ranks allow: a job that lost nodes must go on."""
+        size, asked = min(self._memory.group_size, len(members)), self._memory.parity
+        for parity in range(min(asked, size - 1), 0, -1):
+            try:
+                grouping = place(members, group_size=size, parity=parity)
+            except InvalidInputError as error:
+                if parity == 1:
+                    raise
+                _log.debug("no groups with parity %d: %s", parity, error.message)
+                continue
+            if parity < asked and self._world.rank == 0:
+                hosts = len({member.host for member in members})
+                _log.warning(
+                    "only %d members of a group may be lost, rather than %d: %d ranks on %d hosts allow no more",
+                    parity, asked, len(members), hosts,
+                )  # fmt: skip
+            return grouping
+        raise AssertionError("two ranks allow one parity")
 
     # saves (engine/keeper.py)
 
@@ -365,6 +389,8 @@ class Tier:
         assert client is not None
         ends_at, pause_s = time.monotonic() + timeout_s, _POLL_S[0]
         while True:
+            if self._left.is_set():
+                raise SaveFailedError(f"the process ends; its agent goes on with step {step}", kind="left")
             answer = client.call(method, {"step": step, "attempt": attempt})[0]
             if answer["state"] not in running:
                 return answer
@@ -381,6 +407,10 @@ class Tier:
                 client.abandon(began)
             except CheckpointError as error:
                 _log.warning("the agent did not hear that step %d was given up: %s", began.step, error.message)
+
+    def leave(self) -> None:
+        """As Keeper.leave."""
+        self._left.set()
 
     def close(self, *, over: bool) -> None:
         """As Keeper.close."""
@@ -400,6 +430,22 @@ class Tier:
             _log.warning("the agent did not take its leave: %s", error.message)
 
     # the way back
+
+    def settle(self) -> None:
+        """As MemoryTier.settle: a flush goes on if all ranks of its job take part, which is known to no agent alone."""
+        timeout_s = self._options.agent_call_timeout_s
+        mine = self._seats[self._world.rank]
+
+        def ask(method: str, params: dict[str, Any]) -> list[dict[str, Any]]:
+            assert self._client is not None
+            others = self._ask_unattached(method, params, timeout_s=timeout_s) if mine.seat == 0 else []
+            return [self._client.call(method, params, timeout_s=timeout_s)[0], *others]
+
+        found = self._together(lambda: {"agents": ask("flushes", {})}, "nothing was changed")
+        flushes = [tuple(one) for rank in found for agent in rank["agents"] for one in agent["flushes"]]
+        taking_part = Counter((step, attempt, world) for step, attempt, world, _ in flushes)
+        keep = [[step, attempt] for (step, attempt, world), count in taking_part.items() if count == world]
+        self._together(lambda: {"agents": ask("settle", {"keep": keep})}, "nothing was changed")
 
     def candidates(self) -> list[Candidate]:
         """What the agents held when this job began, the newest step first. Equal on all ranks."""
@@ -459,15 +505,35 @@ class Tier:
 def own_address() -> str:
     """The address of the interface that leads to the job's master, 127.0.0.1 where there is no job."""
     master = os.environ.get("MASTER_ADDR")
-    if not master:
-        return "127.0.0.1"
+    return address_towards(master) if master else "127.0.0.1"
+
+
+def address_towards(host: str) -> str:
+    """The address of the interface that leads to a host. Sends nothing."""
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
         try:
-            probe.connect((master, int(os.environ.get("MASTER_PORT", "1"))))
+            probe.connect((host, 9))  # any port: a datagram socket connects without a word
             return str(probe.getsockname()[0])
         except OSError as error:
             raise InvalidInputError(
-                f"no way to {master}: {error.strerror}",
+                f"no way to {host}: {error.strerror}",
                 kind="no-address",
                 hints=("name an address: Memory(address=...)",),
             ) from error
+
+
+def seen_from_outside(seats: list[dict[str, Any]], rank: int, memory: Memory) -> dict[str, Any]:
+    """A rank's seat; where the master's name leads to itself (127.0.1.1, say), with the address towards another host."""
+    mine = seats[rank]
+    others = [str(one["address"]) for one in seats if one["host"] != mine["host"]]
+    outside = [address for address in others if not _is_loopback(address)]
+    if memory.address is None and _is_loopback(mine["address"]) and outside:
+        return {**mine, "address": address_towards(outside[0])}
+    return mine
+
+
+def _is_loopback(address: str) -> bool:
+    try:
+        return ipaddress.ip_address(address).is_loopback
+    except ValueError:  # a name that the user gave
+        return False

@@ -18,6 +18,7 @@ from ckpt import failpoints
 from ckpt.collector import collector_paused
 from ckpt.commit import names
 from ckpt.commit.assemble import Assembler
+from ckpt.commit.waiting import SYSTEM_CLOCK, Clock
 from ckpt.config import Options
 from ckpt.errors import CheckpointError
 from ckpt.events import Timeline
@@ -42,8 +43,12 @@ class Request:
 class Completion:
     """What becomes of one rank's saves into one store. One owner; `report` and `published_change` any thread."""
 
-    def __init__(self, store: Store, options: Options, *, rank: int, world: int) -> None:
-        self._store, self._options, self._rank, self._world = store, options, rank, world
+    def __init__(self, store: Store, options: Options, *, rank: int, world: int, clock: Clock = SYSTEM_CLOCK) -> None:
+        """
+        Args:
+            clock: of the waits for other ranks; what its `sleep` raises ends them.
+        """
+        self._store, self._options, self._rank, self._world, self._clock = store, options, rank, world, clock
         self._assembler = Assembler(PROGRAM)
 
     def complete(
@@ -72,8 +77,8 @@ class Completion:
 
     def report(self, step: int, attempt: str, error: BaseException) -> None:
         """Tell the other ranks. A store that cannot take even that leaves them to their deadline."""
-        if getattr(error, "kind", "") == "outcome-unknown":
-            return  # it may be published: nobody may call it aborted
+        if getattr(error, "kind", "") in ("outcome-unknown", "left"):
+            return  # it may be published, or will be by the agent: nobody may call it aborted
         try:
             if self._rank == 0:
                 reason = error.message if isinstance(error, CheckpointError) else f"{type(error).__name__}: {error}"
@@ -102,6 +107,7 @@ class Completion:
                 self._world,
                 timeout_s=self._options.commit_timeout_s,
                 options=self._options,
+                clock=self._clock,
             )
         with timeline.phase("commit"):
             return self._publish(request, attempt, payloads, decide)
@@ -125,7 +131,9 @@ class Completion:
         """Step 7, on any rank but 0: wait until the attempt is published. Whether a structure changed."""
         timeout_s = self._options.commit_timeout_s + self._options.outcome_grace_s
         with timeline.phase("commit"):
-            publishing.await_outcome(self._store, step, attempt, timeout_s=timeout_s, options=self._options)
+            publishing.await_outcome(
+                self._store, step, attempt, timeout_s=timeout_s, options=self._options, clock=self._clock
+            )
         key = names.manifest_key(step)
         return manifest.unpack(self._store.read(key), name=key).structure_changed
 

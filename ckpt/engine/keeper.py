@@ -44,5 +44,8 @@ class Keeper(Protocol):
     def release(self, memory: NDArray[np.uint8], *, sealed: bool) -> None:
         """This process is done with the memory; what was not sealed will not be completed."""
 
+    def leave(self) -> None:
+        """The process ends: `stored` and `protected` wait no longer (SaveFailedError `left`). Any thread."""
+
     def close(self, *, over: bool) -> None:
         """Let go of the agent; end it when the job is over. May be called twice."""

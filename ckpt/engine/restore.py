@@ -49,6 +49,9 @@ class OpenedSnapshot(Store, Protocol):
 class MemoryTier(Protocol):
     """Snapshots in the memory of agents, as restoring sees them. All ranks call alike."""
 
+    def settle(self) -> None:
+        """What agents still write to the store is written to its end where that can be, else given up for good."""
+
     def candidates(self) -> Sequence[Snapshot]:
         """All of which something is left, the newest step first."""
 
@@ -85,6 +88,7 @@ def restore(
     passed_over: list[str] = []
     touched: CheckpointError | None = None  # by a load that failed on some rank
     if tier is not None:
+        _settle(run, tier, passed_over)
         stored_step = _stored_step(run, tier, passed_over)
         for number, candidate in enumerate(tier.candidates()):
             if candidate.step < stored_step:
@@ -127,6 +131,17 @@ def restore(
         passed_over=tuple(passed_over),
     )
     return _told(run, done)
+
+
+def _settle(run: Run, tier: MemoryTier, passed_over: list[str]) -> None:
+    """Let flushes end, or a checkpoint could appear after the job has gone on from an older one. A store that cannot be
+    asked keeps no job from what memory has."""
+    try:
+        tier.settle()
+    except CheckpointError as error:  # on every rank
+        if not any(candidate.recoverable for candidate in tier.candidates()):
+            raise
+        passed_over.append(f"flushes of agents: {first_line(error)}")
 
 
 def _stored_step(run: Run, tier: MemoryTier, passed_over: list[str]) -> int:

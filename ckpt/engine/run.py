@@ -422,12 +422,21 @@ class Run:
             raise failed
 
     def abandon(self, reason: str) -> None:
-        """Give up the saves on their way: the ranks are told, nothing of them will be published or taken for a checkpoint."""
+        """Give up the saves on their way: the ranks are told, nothing of them will be published or taken for a checkpoint.
+
+        What an agent has in its memory stays its business: it goes on without this process.
+        """
+        self.leave()
         for pending, attempt in self._on_their_way:
             if attempt is not None and not pending.done():
                 self._session.abandon(
                     attempt, SaveFailedError(f"step {pending.step} was given up: {reason}", kind="abandoned")
                 )
+
+    def leave(self) -> None:
+        """This process ends for an error: do not wait for what agents go on with without it. Then `close`."""
+        if self.keeper is not None:
+            self.keeper.leave()
 
     def close(self, grace_s: float | None = None, *, over: bool = False) -> None:
         """Finish the saves on their way, within `grace_s` where given, and let go of threads and store. May be called twice.

@@ -272,7 +272,7 @@ class SaveSession:
         Nothing is done once this rank is publishing: what others may have seen succeed must not be taken back.
         """
         with self._deciding:
-            if attempt.decided:
+            if attempt.decided or attempt.sealed:  # published, or the agent's to publish
                 return
             attempt.abandoned = True
         self._flusher.stop(error)

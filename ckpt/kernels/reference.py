@@ -147,7 +147,8 @@ def read_chunks(
             if last > memory_bytes[file[c]]:
                 return Status.SOURCE_OUT_OF_BOUNDS, -1, 0, 0, False
             address = ctypes.c_char * (last - first)
-            data, code = np.frombuffer(address.from_address(int(memory[file[c]]) + first), np.uint8), 0
+            mapped = memoryview(address.from_address(int(memory[file[c]]) + first)).cast("B")
+            data, code = np.frombuffer(mapped, np.uint8), 0
         else:
             data, code = _read_file(int(fd[file[c]]), first, last)
         if code == 0:

@@ -77,10 +77,11 @@ class Peer:
         self._member = member
         self._tls = None if credentials.tls is None else credentials.tls.read()
         self._pid = os.getpid()
-        self._lock = threading.Lock()  # of the next three
+        self._lock = threading.Lock()  # of the next four
         self._client: flight.FlightClient | None = None
         self._session: _Session | None = None
         self._counter = 0
+        self._running: set[Errand[Any]] = set()
         self._connecting = threading.Lock()  # one handshake at a time
 
     def pull(self, key: Key, start: int, stop: int, *, into: memoryview, deadline_s: float) -> int:
@@ -138,9 +139,12 @@ class Peer:
         return self._with_session(talk, ends_at)
 
     def close(self) -> None:
-        """Let go of the connection. The next use makes a new one."""
+        """Let go of the connection, and end what is under way on it (`peer-stopped`). The next use makes a new one."""
         with self._lock:
             self._client, self._session = None, None
+            running = list(self._running)
+        for errand in running:
+            errand.stop("stopped")
 
     # Sessions
 
@@ -310,6 +314,8 @@ class Peer:
 
     def _bounded(self, errand: Errand[Value], *, progress_s: float, ends_at: float) -> Value:
         started = time.monotonic()
+        with self._lock:
+            self._running.add(errand)
         try:
             return errand.run(progress_s=progress_s, ends_at=ends_at)
         except Overdue as overdue:
@@ -318,8 +324,11 @@ class Peer:
                 "stalled": f"{self.address} made no progress for {progress_s:g} s",
                 "late": f"{self.address} was not done after {spent:.1f} s",
             }
-            message = messages.get(overdue.why, f"a transfer from {self.address} was given up, as another failed")
+            message = messages.get(overdue.why, f"a transfer from {self.address} was given up")
             raise PeerError(message, kind=f"peer-{overdue.why}") from None
+        finally:
+            with self._lock:
+                self._running.discard(errand)
 
 
 class _Stop:
