@@ -134,8 +134,22 @@ class Tier:
         return {"host": host, "domain": domain, "address": self._memory.address or own_address()}
 
     def _look(self) -> dict[str, Any]:
+<<<<<<< HEAD
         """What an agent of this seat knows already, or the one that has died knew."""
         where = places(self._identity, self._options)
+=======
+        """What an agent of this seat, if one lives, knows already. One that is about to end is waited for."""
+        ends_at = time.monotonic() + self._options.agent_stop_grace_s
+        while True:
+            try:
+                return self._look_once()
+            except AgentError as error:
+                if error.kind != "agent-gone" or time.monotonic() > ends_at:
+                    raise
+            time.sleep(_POLL_S[1])
+
+    def _look_once(self) -> dict[str, Any]:
+>>>>>>> demo
         try:
             client = connect(where.socket, self._identity, self._options, role="observer")
         except AgentError as error:
