@@ -133,14 +133,14 @@ class Tier:
         where = places(self._identity, self._options)
         try:
             client = connect(where.socket, self._identity, self._options, role="observer")
+            try:
+                return {"epoch": client.status()["epoch"], "secret": client.call("meet")[0]["secret"]}
+            finally:
+                client.close()
         except AgentError as error:
-            if error.kind != "no-agent":
+            if error.kind not in ("no-agent", "agent-gone"):
                 raise
-            return {"epoch": max(0, read_state(where)["epoch"]), "secret": None}  # as a dead one knew it
-        try:
-            return {"epoch": client.status()["epoch"], "secret": client.call("meet")[0]["secret"]}
-        finally:
-            client.close()
+            return {"epoch": max(0, read_state(where)["epoch"]), "secret": None}
 
     def _start(self, epoch: int, mine: _Seat) -> dict[str, Any]:
         self._client = start_or_adopt(self._identity, self._options, epoch=epoch)
