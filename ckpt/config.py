@@ -228,4 +228,6 @@ AGENT_RECORD_BYTES_MAX = 256 * KIB  # of the record at the end of a segment: the
 AGENT_SEGMENTS_MAX = 16  # of one agent; `AGENT_MESSAGE_FDS_MAX` of them fit into one answer
 AGENT_LOG_PART_BYTES = MIB  # one file of an agent's log; there are two
 AGENT_LOG_KEEP_S = 7 * 86400.0  # logs of agents that are gone are removed after that
+AGENT_HOLD_S_MAX = 3600.0  # somebody who reads what an agent holds may keep it from ending for so long at a time
+AGENT_ADDRESSES_MAX = 4096  # that an agent is told when it joins; larger worlds: of its own group and one of each other
 AGENT_POPULATE_BYTES = 64 * MIB  # of one step of a first touch, so that other threads get their turn

@@ -78,4 +78,7 @@ def _say(
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    code = main()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)  # all is given back; threads that wait for a peer that is stopped would keep the process for minutes

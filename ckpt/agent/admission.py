@@ -6,7 +6,8 @@ In: who connects and what they say of themselves. Out: a session, or AgentError 
 - protocol: the same major number, and minor numbers at most one apart; the lower one is spoken, fields unknown to it passed over;
 - an epoch lower than the newest seen: refused (`stale-epoch`): a restarted job is not to be disturbed by what is left of the old;
 - another world size: refused in the same epoch (`other-world`), welcome in a higher one: images keep the world that wrote them;
-- a second trainer while the process of the first lives: refused (`held`): both would have the memory mapped.
+- a second trainer while the process of the first lives: refused (`held`): both would have the memory mapped;
+- who only looks renews nothing; who reads what the agent holds may ask it to stay for a while (`hold`).
 
 Any thread may call.
 """
@@ -70,6 +71,7 @@ class Admission:
         """
         self._identity, self.world, self.epoch = identity, identity.world, epoch
         self._lease_s, self._since = lease_s, time.monotonic()
+        self._held_until = 0.0  # of `time.monotonic`
         self._on_epoch, self._on_trainer, self._on_loss = on_epoch, on_trainer, on_loss
         self._lock = threading.RLock()
         self._trainer: Session | None = None  # connected
@@ -87,7 +89,14 @@ class Admission:
         with self._lock:
             if self._trainer is not None:
                 return self._lease_s
-            return max(0.0, self._lease_s - (time.monotonic() - self._since))
+            now = time.monotonic()
+            return max(0.0, self._lease_s - (now - self._since), self._held_until - now)
+
+    def hold(self, seconds: float) -> float:
+        """Do not let the lease end for so long, as somebody reads; seconds that are left of it."""
+        with self._lock:
+            self._held_until = max(self._held_until, time.monotonic() + seconds)
+            return self.lease_left_s
 
     def check_user(self, peer: Peer) -> None:
         """AgentError `other-user` for everybody but the agent's own user, root included."""

@@ -173,6 +173,28 @@ class Candidate:
         gone = [group.cards[place].rank for group in self.groups for place in group.lost]
         return tuple(sorted([*gone, *self.unknown]))
 
+    @property
+    def decodable(self) -> tuple[int, ...]:
+        """Those of `lost` whose group can make their blob again."""
+        found = [g.cards[place].rank for g in self.groups if g.recoverable for place in g.lost]
+        return tuple(sorted(found))
+
+    @property
+    def gone(self) -> tuple[int, ...]:
+        """Those of `lost` that nothing makes again."""
+        return tuple(sorted({*self.lost} - {*self.decodable}))
+
+    @property
+    def held(self) -> tuple[int, ...]:
+        """Ranks whose blob somebody holds as it is."""
+        return tuple(sorted({*range(self.world)} - {*self.lost}))
+
+    def holder(self, rank: int) -> str | None:
+        """The address of who holds the blob of `rank`; None when nobody does."""
+        return next(
+            (g.blobs.get(place) for g in self.groups for place, card in enumerate(g.cards) if card.rank == rank), None
+        )
+
 
 def candidates(inventories: Sequence[Inventory]) -> list[Candidate]:
     """All snapshots of which anything is left, the newest step first; of one step, the one that more ranks hold first."""

@@ -31,7 +31,8 @@ from ckpt.agent.slots import Slots, describe
 from ckpt.agent.transport.client import Peer
 from ckpt.agent.transport.credentials import SECRET_BYTES, Credentials
 from ckpt.agent.transport.server import Server
-from ckpt.agent.transport.wire import Key
+from ckpt.agent.transport.wire import Key, is_seconds
+from ckpt.config import AGENT_HOLD_S_MAX
 from ckpt.errors import AgentError, CheckpointError, DamagedError, InvalidInputError, PeerError
 from ckpt.kernels import crc32c, crc32c_combine
 
@@ -53,7 +54,7 @@ class Membership:
     world: int
     members: tuple[int, ...]  # ranks of this group, in order
     parity: int
-    addresses: dict[int, str]  # of the members' agents and of rank 0's
+    addresses: dict[int, str]  # of agents, by rank: the members', rank 0's, and others for who looks (survey.py)
 
 
 @dataclass(kw_only=True)
@@ -134,9 +135,18 @@ class Member:
     # the trainer asks
 
     def _meet(self, call: Call) -> dict[str, Any]:
-        """Where peers find this agent, and the secret of the run; to the same user only (server.py)."""
-        address = None if self._server is None else self._server.address
-        return {"address": address, "secret": None if self._secret is None else self._secret.hex()}
+        """As `known`, and the secret of the run; to the same user only (server.py)."""
+        return {**self.known(), "secret": None if self._secret is None else self._secret.hex()}
+
+    def known(self) -> dict[str, Any]:
+        """Where peers find this agent and those that it knows, and which rank it is; null for what nobody said yet."""
+        membership = self._membership
+        return {
+            "address": None if self._server is None else self._server.address,
+            "rank": None if membership is None else membership.rank,
+            "world": None if membership is None else membership.world,
+            "addresses": {} if membership is None else {str(r): one for r, one in membership.addresses.items()},
+        }
 
     def _listen(self, call: Call) -> dict[str, Any]:
         """Serve peers who know the secret, on one interface; again with another secret or host."""
@@ -178,7 +188,7 @@ class Member:
             self._peers = {
                 rank: Peer(address, self._credentials(), self._agent.options)
                 for rank, address in membership.addresses.items()
-                if rank != membership.rank
+                if rank != membership.rank and rank in {0, *membership.members, *self._untold}
             }
         for peer in old.values():
             peer.close()
@@ -518,6 +528,10 @@ class Member:
             return self._count(payload)
         if name == "inventory":
             return self.inventory().fields()
+        if name == "known":
+            return self.known()
+        if name == "hold":
+            return {"lease_left_s": self._agent.admission.hold(_hold_s(payload))}
         raise InvalidInputError(f"no such message between agents: {name!r}", kind="unknown-method")
 
     def _card(self, step: int, attempt: str) -> dict[str, Any] | None:
@@ -547,7 +561,11 @@ class Member:
         try:
             if not segment.is_whole:
                 raise DamagedError(f"the checksum of segment `{segment.name}` is wrong", kind="bad-checksum")
-            return parse(blob.read_record(segment.payload()[: header.image_bytes], what=f"segment `{segment.name}`")[0])
+            found = parse(
+                blob.read_record(segment.payload()[: header.image_bytes], what=f"segment `{segment.name}`")[0]
+            )
+            now = segment.header
+            return found if now.is_complete and now.generation == header.generation else None
         except CheckpointError as error:
             now = segment.header
             if now.generation == header.generation and now.is_complete:
@@ -567,6 +585,13 @@ def _is_free(host: str, port: int) -> bool:
         return True
     except OSError:
         return False
+
+
+def _hold_s(payload: dict[str, Any]) -> float:
+    seconds = payload.get("seconds")
+    if not is_seconds(seconds) or seconds > AGENT_HOLD_S_MAX:
+        raise InvalidInputError(f"an agent is held for up to {AGENT_HOLD_S_MAX:.0f} s, found {seconds!r}")
+    return float(seconds)
 
 
 def _end_payload(memory: memoryview, nbytes: int, crc: int, fields: dict[str, Any]) -> tuple[int, int]:

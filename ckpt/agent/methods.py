@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from ckpt.agent.identity import PROTOCOL
 from ckpt.agent.server import Call, Reply
 from ckpt.agent.slots import describe
+from ckpt.config import AGENT_HOLD_S_MAX
 from ckpt.errors import InvalidInputError
 
 if TYPE_CHECKING:
@@ -24,9 +25,9 @@ _CRC_MAX = (1 << 32) - 1
 def install(agent: Agent) -> None:
     """Add the methods to the agent's table."""
     methods = _Methods(agent)
-    names = ("reserve", "attach", "begin", "seal", "abandon", "ping", "status", "stop", "bye")
+    names = ("reserve", "attach", "begin", "seal", "abandon", "ping", "hold", "status", "stop", "bye")
     agent.server.handlers |= {name: getattr(methods, name) for name in names}
-    agent.server.open_methods |= {"ping", "status", "stop"}
+    agent.server.open_methods |= {"ping", "hold", "status", "stop"}
 
 
 class _Methods:
@@ -68,6 +69,10 @@ class _Methods:
 
     def ping(self, call: Call) -> dict[str, Any]:
         return {"lease_left_s": self._agent.admission.lease_left_s}
+
+    def hold(self, call: Call) -> dict[str, Any]:
+        seconds = call.integer("seconds", high=int(AGENT_HOLD_S_MAX))
+        return {"lease_left_s": self._agent.admission.hold(seconds)}
 
     def status(self, call: Call) -> dict[str, Any]:
         return {**_facts(self._agent), "uptime_s": time.monotonic() - self._started}

@@ -36,13 +36,13 @@ class SnapshotStore:
     def __init__(
         self,
         candidate: Candidate,
-        files: Mapping[str, bytes],
+        files: Mapping[str, bytes | memoryview],
         blobs: Blobs,
         local: Mapping[int, Mapped],
     ) -> None:
         """
         Args:
-            files: of the checkpoint beside its images: index and manifest, by key.
+            files: of the checkpoint beside what agents hold: index and manifest, by key; an image that stands here counts.
             local: rank -> its blob, where it is mapped into this process.
         """
         self.candidate, self._files, self._blobs, self._local = candidate, dict(files), blobs, dict(local)
@@ -136,7 +136,7 @@ class SnapshotStore:
         return key in self._files or key in self._cards
 
     def list(self, prefix: str) -> Entries:
-        keys = sorted(key for key in [*self._files, *self._cards] if key.startswith(prefix))
+        keys = sorted(key for key in {**self._files, **self._cards} if key.startswith(prefix))
         return [Entry(key=key, nbytes=self.size(key), modified_s=0.0) for key in keys]
 
     def list_folders(self, prefix: str) -> Names:

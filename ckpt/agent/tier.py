@@ -190,21 +190,23 @@ class Tier:
         parity = group.num_parity if group is not None else 0
         largest = max(int(sizes[rank]["capacity"]) for rank in members)
         room = protect.nbytes_needed(largest, num_members=len(members), parity=parity) if parity else 0
-        addresses = {str(rank): self._addresses[rank] for rank in {*members, 0}}
+        firsts = [one.ranks[0] for one in grouping.groups] if grouping is not None else []
+        known = range(self._world.size) if self._world.size <= AGENT_ADDRESSES_MAX else {*members, *firsts, 0}
+        near = {str(rank): self._addresses[rank] for rank in sorted({*members, 0})}
         everybody = {str(rank): address for rank, address in enumerate(self._addresses)}
         params = {
             "rank": self._world.rank,
             "world": self._world.size,
             "members": list(members),
             "parity": parity,
-            "addresses": addresses,
+            "addresses": {str(rank): self._addresses[rank] for rank in sorted(known)},
             "parity_bytes": room + AGENT_RECORD_BYTES_MAX if room else 0,
         }
 
         with self._lock:
             self._capacity_bytes, self._group = capacity, group
             # All vote at rank 0's agent: of a new one, all must hear.
-            self._joined = {**params, "tell": everybody if self._world.rank == 0 else addresses}
+            self._joined = {**params, "tell": everybody if self._world.rank == 0 else near}
 
         def work() -> dict[str, Any]:
             client, _ = self._working()

@@ -21,6 +21,7 @@ from ckpt.cli.gc import gc
 from ckpt.cli.ls import ls
 from ckpt.cli.plan import plan
 from ckpt.cli.printer import Printer, describe
+from ckpt.cli.recover import recover
 from ckpt.cli.report import report
 from ckpt.cli.reshard import reshard
 from ckpt.cli.show import show
@@ -56,6 +57,7 @@ for _command in (
     gc,
     simulate,
     agent,
+    recover,
     doctor,
 ):
     ckpt.add_command(_command)

@@ -73,3 +73,14 @@ def visible(text: str) -> str:
 def plural(count: int, noun: str) -> str:
     """`1 tensor`, `2 tensors`."""
     return f"{count:,} {noun}{'' if count == 1 else 's'}"
+
+
+def numbers(values: Sequence[int]) -> str:
+    """`0-3, 7`; `-` for none."""
+    runs: list[list[int]] = []
+    for value in sorted(values):
+        if runs and value == runs[-1][1] + 1:
+            runs[-1][1] = value
+        else:
+            runs.append([value, value])
+    return ", ".join(str(low) if low == high else f"{low}-{high}" for low, high in runs) or "-"

@@ -215,7 +215,7 @@ def _merge(receipts: Sequence[Receipt]) -> _Merged:
                 f"receipt of rank {receipt.rank} has {len(receipt.checksums)} checksums, expected others"
             )
     boxes = BoxTable(tensor=np.concatenate(tensor), offsets=np.concatenate(offsets), lengths=np.concatenate(lengths))
-    order = _distinct_in_order(specs, boxes)
+    order = distinct_in_order(specs, boxes)
     sizes = np.concatenate(nbytes)
     blocks_of = num_blocks(sizes, receipts[0].block_bytes)
     first_block = np.cumsum(blocks_of) - blocks_of
@@ -239,7 +239,7 @@ def _merge(receipts: Sequence[Receipt]) -> _Merged:
     )
 
 
-def _distinct_in_order(specs: Sequence[TensorSpec], boxes: BoxTable) -> Int64Array:
+def distinct_in_order(specs: Sequence[TensorSpec], boxes: BoxTable) -> Int64Array:
     """Rows sorted by tensor and position, each distinct box once (of the lowest rank)."""
     first, last = corners(specs, boxes)
     order = np.lexsort((last, first, boxes.tensor))

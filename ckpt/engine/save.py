@@ -343,8 +343,8 @@ class SaveSession:
                 return self._attempt(local, request, planned, changed, attempt_id, timeline)
 
     def _reserve_again(self, local: LocalState, planned: Planned) -> None:
-        """Other room in the agents' memory, when all ranks have planned anew. All ranks call."""
-        if self._keeper is None or not self._reserved_for or self._reserved_for == self._planner.session:
+        """Room in the agents' memory, where nobody called `prepare` or all ranks have planned anew. All ranks call."""
+        if self._keeper is None or self._reserved_for == self._planner.session:
             return
         payloads = [padded_object(obj.payload) for obj in local.objects]
         program = self._planner.program(local, planned, payloads)
