@@ -36,7 +36,7 @@ from ckpt.agent.spawn import start_or_adopt
 from ckpt.agent.transport.client import Peer
 from ckpt.agent.transport.credentials import SECRET_BYTES, Credentials
 from ckpt.commit.complete import Request
-from ckpt.config import AGENT_RECORD_BYTES_MAX, Memory, Options
+from ckpt.config import AGENT_ADDRESSES_MAX, AGENT_RECORD_BYTES_MAX, Memory, Options
 from ckpt.engine.world import World, raise_together
 from ckpt.errors import AgentError, CheckpointError, InvalidInputError, PeerError, SaveFailedError
 
