@@ -7,6 +7,7 @@ In: arguments. Out: an exit code; one line of JSON to the descriptor `--ready-fd
 from __future__ import annotations
 
 import argparse
+import contextlib
 import os
 import sys
 from collections.abc import Mapping
@@ -43,7 +44,8 @@ def _run(given: argparse.Namespace) -> int:
 
     def tell(document: dict[str, object]) -> None:
         if given.ready_fd >= 0:
-            os.write(given.ready_fd, json.dumps(document).encode() + b"\n")
+            with contextlib.suppress(BrokenPipeError):  # who started it is dead: the next trainer finds it
+                os.write(given.ready_fd, json.dumps(document).encode() + b"\n")
             os.close(given.ready_fd)
             given.ready_fd = -1
 

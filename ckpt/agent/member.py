@@ -201,7 +201,23 @@ class Member:
             peer.close()
         self._agent.log.tell("joined", rank=membership.rank, world=membership.world, members=list(membership.members))
         self._tell_address()
+        self._resume(membership)
         return {}
+
+    def _resume(self, membership: Membership) -> None:
+        """Go on with what an agent before this one had sealed, and may have voted for: others may count on that."""
+        for name, header in self._agent.slots.by_name().items():
+            of = (header.step, header.attempt)
+            fields = self._card(*of) if header.state is State.SEALED else None
+            if fields is None:
+                continue
+            card = Card.from_fields(fields)
+            with self._lock:
+                same = (card.rank, card.world, card.members) == (membership.rank, membership.world, membership.members)
+                if of in self._progress or not same:
+                    continue
+                self._progress[of] = _Progress()
+            self._thread.submit(self._protect, name, header.generation, card)
 
     def _tell_address(self) -> None:
         """Where this agent is, to those who knew the one before it; who cannot be reached is told before the next snapshot."""
@@ -388,6 +404,9 @@ class Member:
         return facts
 
     def _make_parity(self, card: Card, ends_at: float, stopped: Callable[[], bool]) -> dict[str, Any]:
+        of = (card.step, card.attempt)
+        if any(h.is_complete and (h.step, h.attempt) == of for h in self._parity.headers()):
+            return {}  # an agent before this one has made it
         cards = protect.cards_of_group(card, self._peers, ends_at=ends_at, stopped=stopped)
         self._drop_failed(self._parity)
         segment = self._parity.begin(step=card.step, attempt=card.attempt, epoch=0, world=card.world)
@@ -449,9 +468,10 @@ class Member:
             else:
                 if answer["all"]:
                     return bool(answer["changed"])
-                # Its successor holds what it held, and would know if all had voted (`_count`).
-                counter = counter or answer["counter"]
-                if answer["failed"] or answer["counter"] != counter:
+                # Its successor holds what it held, and would know if all had voted (`_count`); else it counts anew.
+                lost = counter not in (None, answer["counter"]) and not answer["held"]
+                counter = answer["counter"]
+                if answer["failed"] or lost:
                     why = answer["failed"] or "the agent of rank 0 was started anew"
                     raise PeerError(f"step {card.step} is not protected everywhere: {why}", kind="peer-late")
             if stopped():
@@ -497,8 +517,13 @@ class Member:
                     ballot.votes.clear()
             if ballot.whole:
                 self._unheard.discard(rank)
-            counter = str(self._agent.identity.incarnation)
-            return {"all": ballot.whole, "failed": ballot.failed, "changed": ballot.changed, "counter": counter}
+            return {
+                "all": ballot.whole,
+                "failed": ballot.failed,
+                "changed": ballot.changed,
+                "counter": str(self._agent.identity.incarnation),
+                "held": any(h.is_complete and (h.step, h.attempt) == of[:2] for h in self._agent.slots.headers()),
+            }
 
     def _is_protected(self, step: int, attempt: str) -> bool:
         headers = self._agent.slots.headers()

@@ -98,7 +98,7 @@ def _live(
         on_loss=lambda one: _trainer_lost(one, slots, log),
     )
     _take_over(folder, identity, slots, options, log)
-    reason, started = "failed", list[Plugin]()
+    reason, started, is_over = "failed", list[Plugin](), False
     try:
         server = Server(_listen(where.socket), admission, options, log)
         agent = Agent(
@@ -111,11 +111,13 @@ def _live(
                 plugin.start(agent)
             on_ready()
             reason = server.run(every_s=_tick_s(options), tick=_ticker(agent))
+            is_over = True
             _end(agent, started, reason)
     finally:
-        slots.close()
-        for path in (where.socket, where.state):
-            path.unlink(missing_ok=True)
+        where.socket.unlink(missing_ok=True)
+        if is_over:  # else the next agent takes over what lies in memory, and what this one knew
+            slots.close()
+            where.state.unlink(missing_ok=True)
         log.tell("ended", reason=reason)
     return reason
 

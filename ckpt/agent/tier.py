@@ -134,32 +134,18 @@ class Tier:
         return {"host": host, "domain": domain, "address": self._memory.address or own_address()}
 
     def _look(self) -> dict[str, Any]:
-<<<<<<< HEAD
         """What an agent of this seat knows already, or the one that has died knew."""
         where = places(self._identity, self._options)
-=======
-        """What an agent of this seat, if one lives, knows already. One that is about to end is waited for."""
-        ends_at = time.monotonic() + self._options.agent_stop_grace_s
-        while True:
-            try:
-                return self._look_once()
-            except AgentError as error:
-                if error.kind != "agent-gone" or time.monotonic() > ends_at:
-                    raise
-            time.sleep(_POLL_S[1])
-
-    def _look_once(self) -> dict[str, Any]:
->>>>>>> demo
         try:
             client = connect(where.socket, self._identity, self._options, role="observer")
+            try:
+                return {"epoch": client.status()["epoch"], "secret": client.call("meet")[0]["secret"]}
+            finally:
+                client.close()
         except AgentError as error:
-            if error.kind != "no-agent":
+            if error.kind not in ("no-agent", "agent-gone"):
                 raise
-            return {"epoch": max(0, read_state(where)["epoch"]), "secret": None}  # as a dead one knew it
-        try:
-            return {"epoch": client.status()["epoch"], "secret": client.call("meet")[0]["secret"]}
-        finally:
-            client.close()
+            return {"epoch": max(0, read_state(where)["epoch"]), "secret": None}
 
     def _start(self, epoch: int, mine: _Seat) -> dict[str, Any]:
         self._client = start_or_adopt(self._identity, self._options, epoch=epoch)

@@ -85,7 +85,8 @@ def test_while_nobody_knows_whether_all_have_voted_both_snapshots_stay(folders: 
             group.ranks[1].keep(6)
         group.ranks[0].start()
         group.join(0, tell=True)
-        until(lambda: group.ranks[1].state(5) == "failed", 15.0)  # its successor has not counted four votes
+        # Its successor has not counted four votes.
+        until(lambda: [one.state(5) for one in group.ranks[:2]] == ["failed"] * 2, 15.0)
         for one in group.ranks:
             one.keep(7)
         assert group.until_decided(7, 15.0) == ["protected"] * 4
@@ -104,6 +105,25 @@ def test_an_agent_in_place_of_rank_0s_knows_what_the_one_before_has_decided(fold
         for one in group.ranks:
             one.keep(6)
         assert group.until_decided(6, 15.0) == ["protected"] * 2
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_an_agent_in_place_of_one_that_has_voted_goes_on_with_its_snapshot(folders: Options, rank: int) -> None:
+    with Group(quick(folders), [(0, 1), (2, 3)]) as group:
+        for one in group.ranks:
+            one.keep(4)
+        assert group.until_decided(4, 10.0) == ["protected"] * 4
+        for number in (0, 1):
+            group.ranks[number].keep(5)
+        until(lambda: len(group.ranks[rank].inventory().parities) == 2, 10.0)
+        time.sleep(0.5)  # it has voted
+        group.ranks[rank].kill()
+        group.ranks[rank].start()
+        group.join(rank, tell=True)
+        for number in (2, 3):
+            group.ranks[number].keep(5)
+        assert group.until_decided(5, 15.0) == ["protected"] * 4
+        assert {one.step: one.state for one in group.ranks[rank].client.segments()} == {4: "PROTECTED", 5: "PROTECTED"}
 
 
 def test_parity_of_a_snapshot_that_failed_makes_way(folders: Options) -> None:

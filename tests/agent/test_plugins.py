@@ -18,7 +18,7 @@ from ckpt.agent.log import AgentLog, tail
 from ckpt.agent.spawn import arguments, start_or_adopt
 from ckpt.config import Options
 from ckpt.errors import AgentError, DamagedError
-from tests.agent.conftest import ROOT, names_in_memory, until
+from tests.agent.conftest import ROOT, kill_and_wait, names_in_memory, until
 
 AGENT = """
 import json, sys, time, uuid
@@ -104,3 +104,43 @@ def test_the_log_keeps_its_last_two_parts_and_whole_lines(tmp_path: Path) -> Non
     assert len(sizes) == 2 and max(sizes) <= 1000
     assert numbers == list(range(numbers[0], numbers[0] + len(numbers)))
     assert json.loads(tail(tmp_path / "log", 1)[0])["left_out"] == ["text"]
+
+
+BROKEN = AGENT.replace("    def start(self, agent):", "    def start(self, agent):\n        raise OSError(5, 'broken')")
+
+
+def test_an_agent_that_fails_as_it_starts_leaves_what_it_took_over_to_the_next(
+    options: Options, identity: Identity
+) -> None:
+    client = start_or_adopt(identity, options, epoch=7)
+    mapped = {one.name: one for one in client.reserve(4096)}
+    began = client.begin(1, "a")
+    mapped[began.name].memory[:3] = bytes([1, 2, 3])
+    client.seal(began, 100)
+    kill_and_wait(client.agent["pid"])
+    client.close()
+    broken = [sys.executable, "-c", BROKEN, "0", *arguments(identity, options)]
+    assert subprocess.run(broken, cwd=ROOT, capture_output=True, timeout=60).returncode == 1
+    with pytest.raises(AgentError, match="epoch 7 was here"):
+        start_or_adopt(identity, options, epoch=6)
+    after = start_or_adopt(identity, options, epoch=7)
+    held = {one.step: one.state for one in after.segments()}
+    after.bye()
+    until(lambda: names_in_memory(options) == [])
+    assert held[1] == "SEALED"
+
+
+def test_an_agent_whose_starter_has_died_meanwhile_serves_the_next(options: Options, identity: Identity) -> None:
+    read_fd, write_fd = os.pipe()
+    os.close(read_fd)
+    command = [sys.executable, "-m", "ckpt.agent", "--ready-fd", str(write_fd), *arguments(identity, options)]
+    agent = subprocess.Popen(
+        command, cwd=ROOT, pass_fds=(write_fd,), stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL
+    )
+    os.close(write_fd)
+    until(lambda: places(identity, options).socket.exists())
+    time.sleep(0.5)  # it has said that it is ready
+    client = start_or_adopt(identity, options)
+    pid = client.agent["pid"]
+    client.bye()
+    assert (agent.wait(20), pid) == (0, agent.pid)

@@ -15,7 +15,7 @@ import pytest
 from tests.drill.drill import Drill
 from tests.drill.job import Job
 
-SECONDS = float(os.environ.get("CKPT_TEST_DRILL_SECONDS", "22"))
+SECONDS = float(os.environ.get("CKPT_TEST_DRILL_SECONDS", "15"))
 _GIVEN = os.environ.get("CKPT_TEST_DRILL_SEEDS", "1,2,3")
 SEEDS = (
     [time.time_ns() % 10**9 + i for i in range(int(_GIVEN[:-1]))]

@@ -69,7 +69,9 @@ def train(job: Job) -> dict[str, Any]:
         if rank == 0:
             _write(Path(job.folder) / f"state-{step}.json", {"digest": of_step, "loss": out["losses"][step]})
         pending = checkpointer.step(step, state)
-        if pending is not None and job.wait and not pending.skipped:  # the protection of what was restored may be under way
+        if (
+            pending is not None and job.wait and not pending.skipped
+        ):  # the protection of what was restored may be under way
             try:
                 pending.wait(SAVED_S)
             except CheckpointError:
