@@ -10,7 +10,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import os
-import socket
 import threading
 import time
 from collections import OrderedDict
@@ -21,6 +20,7 @@ from typing import Any, TypeVar
 
 from ckpt import failpoints
 from ckpt.agent import blob, protect, segments
+from ckpt.agent.ballots import Ballots
 from ckpt.agent.flush import Flush
 from ckpt.agent.header import State
 from ckpt.agent.identity import parity_folder
@@ -31,14 +31,13 @@ from ckpt.agent.server import Call
 from ckpt.agent.slots import Slots, describe
 from ckpt.agent.transport.client import Peer
 from ckpt.agent.transport.credentials import SECRET_BYTES, Credentials
-from ckpt.agent.transport.server import Server
+from ckpt.agent.transport.server import Server, is_free
 from ckpt.agent.transport.wire import Key, is_seconds
 from ckpt.config import AGENT_HOLD_S_MAX
 from ckpt.errors import AgentError, CheckpointError, DamagedError, InvalidInputError, PeerError
 from ckpt.kernels import crc32c, crc32c_combine
 
 _KEPT = 16  # snapshots of which an agent remembers how far they are, and which will not come
-_BALLOTS_KEPT = 1024  # of the agent of rank 0; small once they are decided
 _VOTE_S = (0.005, 0.25)  # between two questions whether all have voted: at first, and at most
 _TELL_S = 2.0  # for a word to a peer that must not hold up anything
 _TELLERS = 16  # such words at a time
@@ -68,16 +67,6 @@ class _Progress:
     facts: dict[str, Any] = field(default_factory=dict)
 
 
-@dataclass(kw_only=True)
-class _Ballot:
-    """The votes on one snapshot, at rank 0's agent. Decided once: `whole` and `failed` never change again."""
-
-    votes: dict[int, bool] = field(default_factory=dict)  # rank -> whether its structure changed
-    whole: bool = False
-    failed: str = ""
-    changed: bool = False
-
-
 class Member:
     """A plugin of process.py. Handlers run on threads of their own."""
 
@@ -88,10 +77,9 @@ class Member:
         self._membership: Membership | None = None
         self._peers: dict[int, Peer] = {}
         self._progress: OrderedDict[tuple[int, str], _Progress] = OrderedDict()
-        self._ballots: OrderedDict[tuple[int, str, int], _Ballot] = OrderedDict()
+        self._ballots = Ballots(self._is_protected, self._mark_protected)
         self._missed: OrderedDict[tuple[int, str], str] = OrderedDict()  # what will not come here, and why
         self._untold: set[int] = set()  # ranks that do not know where this agent is now
-        self._unheard: set[int] = set()  # ranks that have not heard that the newest vote is complete
         self._stopping = threading.Event()
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="ckpt-protect")
 
@@ -128,7 +116,7 @@ class Member:
     def stop(self, deadline: float) -> None:
         """End what is under way, and give the parity back."""
         told_by = min(deadline, time.monotonic() + _TELL_S)
-        while self._unheard and time.monotonic() < told_by:
+        while self._ballots.unheard and time.monotonic() < told_by:
             time.sleep(_VOTE_S[0])
         self._stopping.set()
         self._flush.stop(deadline)
@@ -166,7 +154,7 @@ class Member:
                     self._server.close()
                 self._secret = secret
                 port = call.integer("port", high=65535)
-                port = port if port and _is_free(host, port) else 0
+                port = port if port and is_free(host, port) else 0
                 self._server = Server(self, self._credentials(), host=host, port=port, options=self._agent.options)
             return {"address": self._server.address}
 
@@ -496,33 +484,16 @@ class Member:
             self._agent.log.tell("failure-not-told", step=card.step, error=error.message)
 
     def _count(self, payload: dict[str, Any]) -> dict[str, Any]:
-        """Take a vote, or its withdrawal. Rank 0's own image is marked before anybody hears that all have voted: what an agent
-        that is started anew finds in memory is then what the others may have been told."""
-        step, attempt, world = of = (int(payload["step"]), str(payload["attempt"]), int(payload["world"]))
+        """Take a vote, or its withdrawal (ballots.py)."""
+        of = (int(payload["step"]), str(payload["attempt"]))
         with self._lock:
-            ballot = self._ballots.setdefault(of, _Ballot(whole=self._is_protected(step, attempt)))
-            while len(self._ballots) > _BALLOTS_KEPT:
-                self._ballots.popitem(last=False)
-            rank, failed = int(payload["rank"]), str(payload.get("failed") or "")
-            if not ballot.whole and not ballot.failed:
-                if failed:
-                    ballot.failed = f"rank {rank}: {failed}"
-                else:
-                    ballot.votes[rank] = bool(payload["changed"])
-                if len(ballot.votes) == world and not ballot.failed:
-                    ballot.whole, ballot.changed = self._mark_protected(step, attempt), any(ballot.votes.values())
-                    ballot.failed = "" if ballot.whole else "rank 0: its image was given up"
-                if ballot.whole or ballot.failed:
-                    self._unheard = set(range(world)) if ballot.whole else set()
-                    ballot.votes.clear()
-            if ballot.whole:
-                self._unheard.discard(rank)
+            ballot = self._ballots.count(payload)
             return {
                 "all": ballot.whole,
                 "failed": ballot.failed,
                 "changed": ballot.changed,
                 "counter": str(self._agent.identity.incarnation),
-                "held": any(h.is_complete and (h.step, h.attempt) == of[:2] for h in self._agent.slots.headers()),
+                "held": any(h.is_complete and (h.step, h.attempt) == of for h in self._agent.slots.headers()),
             }
 
     def _is_protected(self, step: int, attempt: str) -> bool:
@@ -611,18 +582,6 @@ class Member:
                 with contextlib.suppress(AgentError):  # begun anew since that look
                     slots.discard(segment.name, header.generation)
             return None
-
-
-def _is_free(host: str, port: int) -> bool:
-    """Whether nobody listens there. Flight itself would share the port with whoever does."""
-    try:
-        family, kind, protocol, _, place = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
-        with socket.socket(family, kind, protocol) as probe:
-            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # connections of the last one may linger
-            probe.bind(place)
-        return True
-    except OSError:
-        return False
 
 
 def _hold_s(payload: dict[str, Any]) -> float:

@@ -290,6 +290,18 @@ def bind_address(host: str, *, any_interface: bool) -> str:
     return str(found)
 
 
+def is_free(host: str, port: int) -> bool:
+    """Whether nobody listens there. Flight itself would share the port with whoever does."""
+    try:
+        family, kind, protocol, _, place = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+        with socket.socket(family, kind, protocol) as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # connections of the last one may linger
+            probe.bind(place)
+        return True
+    except OSError:
+        return False
+
+
 def flight_error(kind: str, message: str) -> flight.FlightError:
     """An error that carries kind and message over the network."""
     classes = {
