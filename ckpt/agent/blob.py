@@ -16,6 +16,7 @@ from typing import Any
 from ckpt.commit.complete import Request
 from ckpt.config import AGENT_RECORD_BYTES_MAX
 from ckpt.errors import DamagedError, InvalidInputError
+from ckpt.kernels import crc32c, crc32c_combine
 
 _SIZE = struct.Struct("<Q")
 
@@ -59,6 +60,16 @@ def read_record(payload: memoryview, *, what: str) -> tuple[dict[str, Any], int]
     if not 0 <= nbytes <= AGENT_RECORD_BYTES_MAX or start < 0:
         raise DamagedError(f"{what} has no record at its end", kind="bad-record")
     return _parsed(bytes(payload[start : start + nbytes]), what=f"the record of {what}"), start
+
+
+def end_payload(memory: memoryview, nbytes: int, crc: int, fields: dict[str, Any]) -> tuple[int, int]:
+    """Put the record behind the first `nbytes`, whose checksum is `crc`; size and checksum of it all."""
+    record = pack_record(fields)
+    total = nbytes + len(record)
+    if total > len(memory):
+        raise InvalidInputError(f"no room for a record of {len(record)} bytes behind {nbytes:,} in {len(memory):,}")
+    memory[nbytes:total] = record
+    return total, crc32c_combine(crc, crc32c(record), len(record))
 
 
 def _parsed(data: bytes, *, what: str) -> dict[str, Any]:

@@ -35,7 +35,7 @@ from ckpt.agent.transport.server import Server, is_free
 from ckpt.agent.transport.wire import Key, is_seconds
 from ckpt.config import AGENT_HOLD_S_MAX
 from ckpt.errors import AgentError, CheckpointError, DamagedError, InvalidInputError, PeerError
-from ckpt.kernels import crc32c, crc32c_combine
+from ckpt.kernels import crc32c
 
 _KEPT = 16  # snapshots of which an agent remembers how far they are, and which will not come
 _VOTE_S = (0.005, 0.25)  # between two questions whether all have voted: at first, and at most
@@ -308,7 +308,7 @@ class Member:
                 members=membership.members,
                 parity=membership.parity,
             )
-            total, crc = _end_payload(memory, blob_bytes, crc, card.fields())
+            total, crc = blob.end_payload(memory, blob_bytes, crc, card.fields())
             of = (card.step, card.attempt)
             with self._lock:  # before it is sealed: what is sealed and not on its way makes way for others
                 self._progress[of] = _Progress(changed=bool(call.params.get("changed")))
@@ -412,7 +412,7 @@ class Member:
                 stopped=stopped,
             )
             nbytes = card.parity * done.parity.block_bytes
-            total, crc = _end_payload(memory, nbytes, crc32c(memory[:nbytes]), done.parity.fields())
+            total, crc = blob.end_payload(memory, nbytes, crc32c(memory[:nbytes]), done.parity.fields())
             self._parity.seal(segment.name, generation, total, crc)
         except BaseException:
             self._parity.discard(segment.name, generation)
@@ -589,13 +589,3 @@ def _hold_s(payload: dict[str, Any]) -> float:
     if not is_seconds(seconds) or seconds > AGENT_HOLD_S_MAX:
         raise InvalidInputError(f"an agent is held for up to {AGENT_HOLD_S_MAX:.0f} s, found {seconds!r}")
     return float(seconds)
-
-
-def _end_payload(memory: memoryview, nbytes: int, crc: int, fields: dict[str, Any]) -> tuple[int, int]:
-    """Put the record behind the first `nbytes`, whose checksum is `crc`; size and checksum of it all."""
-    record = blob.pack_record(fields)
-    total = nbytes + len(record)
-    if total > len(memory):
-        raise InvalidInputError(f"no room for a record of {len(record)} bytes behind {nbytes:,} in {len(memory):,}")
-    memory[nbytes:total] = record
-    return total, crc32c_combine(crc, crc32c(record), len(record))
