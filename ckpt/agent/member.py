@@ -327,8 +327,7 @@ class Member:
             self._progress[of] = _Progress(state="failed", error=text)
 
     def _choose(self, call: Call) -> dict[str, Any]:
-        """The job goes on from this snapshot, or without a step from none: others were given up, and must neither stand in the
-        way of new ones nor come back when the nodes that lack now do."""
+        """The job goes on from this snapshot, or (no step) from none. All others must neither stand in the way nor come back."""
         nothing = call.params.get("step") is None
         of = None if nothing else (call.integer("step"), call.text("attempt"))
         with self._lock:

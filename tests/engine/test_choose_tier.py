@@ -36,6 +36,9 @@ class Memory:
         self.choices: list[int | None] = []
         self.opened: list[Any] = []
 
+    def settle(self) -> None:
+        pass  # nobody writes to the store
+
     def candidates(self) -> Sequence[Held]:
         return self._held
 
