@@ -2,7 +2,8 @@
 
 2 gloo ranks hold the `gpt` state (1.74 GB) and save it again and again without a pause, so that all images that the options
 allow are in use. Counted is the peak of resident memory of a rank over that of a step of the optimizer after a first small save
-(libraries loaded, threads running, what the step itself takes for a moment). The budget is `images_max` times the rank's part of the state. dcp.async_save stands beside.
+(libraries loaded, threads running, what the step itself takes for a moment). The budget is `images_max` times the rank's part of
+the state. dcp.async_save stands beside.
 """
 
 from __future__ import annotations
