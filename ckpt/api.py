@@ -310,8 +310,13 @@ class Checkpointer:
         if self.restored is None:
             return None
         if self._tier is not None:
-            self._run.keep(state, _request(self.restored.step, None, None, self._layout, False), self._layout)
+            self._protect_again(state, self.restored.step)
         return self.restored.step
+
+    def _protect_again(self, state: State, step: int) -> None:
+        """Protect what was restored in the groups of this job, before training goes on; the log says when that fails."""
+        pending = self._run.keep(state, _request(step, None, None, self._layout, False), self._layout)
+        pending.outcome(self._run.options.protect_timeout_s)
 
     def prepare(self, state: State) -> None:
         """Plan, take memory and start threads now, so that the first save costs no more than later ones. All ranks call.
