@@ -24,11 +24,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ckpt import errors
-from ckpt.agent import blob, discover, protect
+from ckpt.agent import blob, discover, protect, segments
 from ckpt.agent.flush import options_for_agent
 from ckpt.agent.groups import Group, Grouping, place
 from ckpt.agent.groups import Member as Placed
-from ckpt.agent.identity import Identity, places, run_id_of
+from ckpt.agent.identity import Identity, memory_folder, parity_folder, places, run_id_of
 from ckpt.agent.inventory import Candidate, Inventory, candidates
 from ckpt.agent.local import Client, Described, Mapped, connect
 from ckpt.agent.process import read_state
@@ -419,15 +419,22 @@ class Tier:
         if reviving is not None:
             reviving.join(self._options.agent_start_timeout_s)
         client, self._client = self._client, None
-        if client is None:
-            return
         try:
-            if over:
+            if client is not None and over:
                 client.bye()
-            else:
+            elif client is not None:
                 client.close()
         except CheckpointError as error:
             _log.warning("the agent did not take its leave: %s", error.message)
+        if over:
+            self._remove_leftovers()
+
+    def _remove_leftovers(self) -> None:
+        """What an agent left that died, when the job ends before there is another one to take it over."""
+        for folder in (memory_folder(self._options), parity_folder(self._options)):
+            for left in segments.leftovers(folder):
+                if left.header is not None and left.header.belongs_to(self._identity):
+                    segments.remove(left)
 
     # the way back
 
