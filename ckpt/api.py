@@ -24,14 +24,14 @@ from ckpt.commit.complete import Request
 from ckpt.config import Memory, Options
 from ckpt.engine.attempt import Saved
 from ckpt.engine.load import Loaded, Rename
-from ckpt.engine.pending import PendingSave, first_line
+from ckpt.engine.pending import PendingSave
 from ckpt.engine.read import Progress
 from ckpt.engine.reader import StoredCheckpoint
 from ckpt.engine.restore import Restored, restore
 from ckpt.engine.run import LIVE, Run, State, Url
 from ckpt.engine.view import Checkpoint
 from ckpt.engine.world import World
-from ckpt.errors import CheckpointError, InvalidInputError, SaveFailedError
+from ckpt.errors import CheckpointError, InvalidInputError, SaveFailedError, first_line
 from ckpt.events import Sink, Timeline
 from ckpt.layout.document import to_document
 from ckpt.layout.layout import Layout

@@ -143,3 +143,8 @@ class BudgetError(CheckpointError):
     """Not enough free memory for what was asked, with all figures. Nothing was taken."""
 
     kind = "budget"
+
+
+def first_line(error: BaseException) -> str:
+    """What an error says, without hints; of one that is not ckpt's, its class as well."""
+    return error.message if isinstance(error, CheckpointError) else f"{type(error).__name__}: {error}"

@@ -36,7 +36,7 @@ def _run(given: argparse.Namespace) -> int:
     import json
     import uuid
 
-    from ckpt.agent import process
+    from ckpt.agent import process, wire
     from ckpt.agent.identity import Identity
     from ckpt.agent.member import Member
     from ckpt.config import Options
@@ -58,8 +58,9 @@ def _run(given: argparse.Namespace) -> int:
         _say(given, sys.stdout, document={"action": "run", "reason": reason})
         return 0
     except CheckpointError as error:
-        record = {"kind": error.kind, "message": error.message, "hints": list(error.hints)}
-        tell({**record, "class": type(error).__name__})
+        record = wire.described(error)
+        tell(record)
+        del record["class"]
         document = {"error": {**record, "exit_code": error.exit_code, "context": {}}}
         _say(given, sys.stderr, f"error: {error}", document=document)
         return error.exit_code

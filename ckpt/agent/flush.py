@@ -7,6 +7,7 @@ durable. Others wait for the other ranks: one that will never come, as its node 
 
 from __future__ import annotations
 
+import dataclasses
 import threading
 import time
 from collections import OrderedDict
@@ -16,7 +17,7 @@ from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 from ckpt import config, failpoints
-from ckpt.agent import blob
+from ckpt.agent import blob, wire
 from ckpt.agent.inventory import Card
 from ckpt.agent.process import Agent
 from ckpt.agent.segments import Segment
@@ -24,7 +25,7 @@ from ckpt.agent.server import Call
 from ckpt.commit import names
 from ckpt.commit.complete import Completion
 from ckpt.commit.waiting import SystemClock
-from ckpt.errors import AgentError, CheckpointError, InvalidInputError, SaveFailedError
+from ckpt.errors import AgentError, CheckpointError, InvalidInputError, SaveFailedError, first_line
 from ckpt.events import Timeline
 from ckpt.kernels import set_thread_nice
 from ckpt.store.base import Store
@@ -148,9 +149,9 @@ class Flush:
         try:
             return work()
         except Exception as error:  # noqa: BLE001 - as said above
-            known = error if isinstance(error, CheckpointError) else SaveFailedError(f"{type(error).__name__}: {error}")
+            known = error if isinstance(error, CheckpointError) else SaveFailedError(first_line(error))
             outcome = self._outcomes.get(of) or _Outcome()
-            outcome.error = {"class": type(known).__name__, "kind": known.kind, "message": known.message}
+            outcome.error = wire.described(known)
             outcome.state = "failed"
             self._agent.log.tell("not-stored", step=of[0], attempt=of[1], error=known.message)
             return None
@@ -239,8 +240,6 @@ class Flush:
 
 def options_for_agent(options: config.Options) -> dict[str, Any]:
     """Those that differ from the defaults, for a request."""
-    import dataclasses
-
     default = config.Options()
     mine = dataclasses.asdict(options)
     out = {name: value for name, value in mine.items() if value != getattr(default, name)}

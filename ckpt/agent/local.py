@@ -19,7 +19,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from ckpt import errors
 from ckpt.agent import wire
 from ckpt.agent.header import HEADER_BYTES
 from ckpt.agent.identity import PROTOCOL, Identity
@@ -143,7 +142,7 @@ class Client:
                 raise
         if (error := message.body.get("error")) is not None:
             message.close_fds()
-            raise _rebuilt(error)
+            raise wire.rebuilt(error)
         return message.body["result"], message.fds
 
     def _exchange(
@@ -296,14 +295,6 @@ def _map_all(result: dict[str, Any], fds: list[int]) -> list[Mapped]:
             os.close(fd)
         raise
     return out
-
-
-def _rebuilt(error: dict[str, Any]) -> CheckpointError:
-    """The error that the agent raised; of a class that this program does not know, the base."""
-    found = getattr(errors, str(error.get("class")), None)
-    cls = found if isinstance(found, type) and issubclass(found, CheckpointError) else CheckpointError
-    hints = tuple(map(str, error.get("hints") or ()))
-    return cls(str(error.get("message")), kind=str(error.get("kind")), hints=hints)
 
 
 _clients: weakref.WeakSet[Client] = weakref.WeakSet()

@@ -34,7 +34,7 @@ from ckpt.agent.transport.credentials import SECRET_BYTES, Credentials
 from ckpt.agent.transport.server import Server, is_free
 from ckpt.agent.transport.wire import Key, is_seconds
 from ckpt.config import AGENT_HOLD_S_MAX
-from ckpt.errors import AgentError, CheckpointError, DamagedError, InvalidInputError, PeerError
+from ckpt.errors import AgentError, CheckpointError, DamagedError, InvalidInputError, PeerError, first_line
 from ckpt.kernels import crc32c
 
 _KEPT = 16  # snapshots of which an agent remembers how far they are, and which will not come
@@ -357,9 +357,8 @@ class Member:
             self._tell_address()
             facts = self._make_and_vote(name, generation, card)
         except Exception as error:  # noqa: BLE001 - told to the trainer and the log; the snapshot before stands
-            text = error.message if isinstance(error, CheckpointError) else f"{type(error).__name__}: {error}"
-            self._agent.log.tell("not-protected", step=card.step, attempt=card.attempt, error=text)
-            self._failed(of, text)
+            self._agent.log.tell("not-protected", step=card.step, attempt=card.attempt, error=first_line(error))
+            self._failed(of, first_line(error))
             return
         facts["seconds"] = time.monotonic() - start
         self._agent.log.tell("protected", step=card.step, attempt=card.attempt, **facts)
@@ -378,8 +377,7 @@ class Member:
         try:
             facts = self._make_parity(card, ends_at, stopped) if card.parity else {}
         except BaseException as error:
-            text = error.message if isinstance(error, CheckpointError) else f"{type(error).__name__}: {error}"
-            self._tell_failure(card, text)
+            self._tell_failure(card, first_line(error))
             raise
         failpoints.hit("agent.before-vote")
         changed = self._vote(card, ends_at, stopped)

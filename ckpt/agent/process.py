@@ -30,7 +30,7 @@ from ckpt.agent.log import AgentLog
 from ckpt.agent.server import Server
 from ckpt.agent.slots import Slots
 from ckpt.config import AGENT_LOG_KEEP_S, Options
-from ckpt.errors import AlreadyExistsError, CheckpointError, InvalidInputError
+from ckpt.errors import AlreadyExistsError, CheckpointError, InvalidInputError, first_line
 
 _OOM_SCORE_ADJ = -500  # rather a process that has no snapshot
 _KILL_AFTER_S = 5.0  # beyond the grace: then the end comes without waiting for anybody
@@ -136,7 +136,7 @@ def _end(agent: Agent, plugins: Sequence[Plugin], reason: str) -> None:
         try:
             plugin.stop(deadline)
         except Exception as error:  # noqa: BLE001 - the others, and the memory, still want to be given back
-            agent.log.tell("plugin-failed", plugin=type(plugin).__name__, error=f"{type(error).__name__}: {error}")
+            agent.log.tell("plugin-failed", plugin=type(plugin).__name__, error=first_line(error))
     last.cancel()
 
 

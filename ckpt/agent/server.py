@@ -167,7 +167,7 @@ class Server:
             session, result = self._admission.admit(peer, message.body.get("params") or {}, connection)
         except CheckpointError as error:
             self._log.tell("refused", kind=error.kind, error=error.message, peer_pid=peer.pid, peer_uid=peer.uid)
-            self._send(connection, {"id": number, "error": _described(error)})
+            self._send(connection, {"id": number, "error": wire.described(error)})
             return None
         self._send(connection, {"id": number, "result": result})
         return session
@@ -180,7 +180,7 @@ class Server:
             message = self._receive(connection)
         except AgentError as error:
             if error.kind == "bad-frame":
-                self._send(connection, {"id": None, "error": _described(error)})
+                self._send(connection, {"id": None, "error": wire.described(error)})
             raise
         if message is None:
             return False
@@ -224,11 +224,11 @@ class Server:
                 reply = found if isinstance(found, Reply) else Reply(result=found, fds=[])
             body: dict[str, Any] = {"id": number, "result": reply.result}
         except CheckpointError as error:
-            body, goes_on = {"id": number, "error": _described(error)}, error.kind != "unknown-method"
+            body, goes_on = {"id": number, "error": wire.described(error)}, error.kind != "unknown-method"
         except Exception as error:  # noqa: BLE001 - a bug in a handler: told to both ends, and the agent lives on
             self._log.tell("bug", method=str(method), error=traceback.format_exc())
             bug = AgentError(f"a bug in the agent: {type(error).__name__}: {error}", kind="bug")
-            body = {"id": number, "error": _described(bug)}
+            body = {"id": number, "error": wire.described(bug)}
         try:
             self._send(connection, body, reply.fds)
         finally:
@@ -249,10 +249,6 @@ class Server:
     def _send(self, connection: socket.socket, body: dict[str, Any], fds: list[int] | None = None) -> None:
         deadline = time.monotonic() + self._options.agent_message_timeout_s
         wire.send(connection, body, fds=fds or (), deadline=deadline, bytes_max=self._options.agent_message_bytes_max)
-
-
-def _described(error: CheckpointError) -> dict[str, Any]:
-    return {"class": type(error).__name__, "kind": error.kind, "message": error.message, "hints": list(error.hints)}
 
 
 def _timeout_of(value: Any) -> float:

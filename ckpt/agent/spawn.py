@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import ckpt
-from ckpt import errors
+from ckpt.agent import wire
 from ckpt.agent.identity import Identity, Places, make_private, places
 from ckpt.agent.local import Client, connect
 from ckpt.agent.log import tail
@@ -99,8 +99,7 @@ def start(identity: Identity, options: Options, where: Places, *, deadline: floa
     if said is not None and "pid" in said:
         return int(said["pid"])
     if said is not None:
-        cls = getattr(errors, said["class"], CheckpointError)
-        raise cls(said["message"], kind=said["kind"], hints=tuple(said["hints"]))
+        raise wire.rebuilt(said)
     why = "ended" if time.monotonic() < deadline else "is not ready in time"
     lines = [f"  {line}" for line in (*tail(where.log, _TAIL_LINES), *tail(where.stderr, _TAIL_LINES))]
     raise AgentError("\n".join([f"the agent of rank {identity.rank} {why}; it said:", *lines]), kind="not-started")

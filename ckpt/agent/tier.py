@@ -23,8 +23,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ckpt import errors
-from ckpt.agent import blob, discover, protect, segments
+from ckpt.agent import blob, discover, protect, segments, wire
 from ckpt.agent.flush import options_for_agent
 from ckpt.agent.groups import Group, Grouping, place
 from ckpt.agent.groups import Member as Placed
@@ -370,9 +369,7 @@ class Tier:
         """As Keeper.stored."""
         answer = self._poll("stored", step, attempt, ("running",), timeout_s)
         if answer["state"] == "failed":
-            error = answer["error"]
-            known = getattr(errors, error["class"], SaveFailedError)
-            raise known(error["message"], kind=error["kind"])
+            raise wire.rebuilt(answer["error"])
         if answer["state"] != "stored":
             raise AgentError(f"the agent does not know of step {step}: it was started anew", kind="agent-gone")
         return bool(answer["changed"])

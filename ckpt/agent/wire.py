@@ -18,8 +18,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, NoReturn
 
+from ckpt import errors
 from ckpt.config import AGENT_MESSAGE_FDS_MAX
-from ckpt.errors import AgentError
+from ckpt.errors import AgentError, CheckpointError
 
 MAGIC = b"CKPA"
 _HEAD = struct.Struct("<4sI")
@@ -148,3 +149,16 @@ def _translated(connection: socket.socket) -> Any:
         raise AgentError("no message came through before the deadline", kind="timeout") from None
     except OSError as error:
         raise AgentError(f"the other end is gone: {error.strerror or error}", kind="agent-gone") from error
+
+
+def described(error: CheckpointError) -> dict[str, Any]:
+    """An error as JSON; `rebuilt` reads it."""
+    return {"class": type(error).__name__, "kind": error.kind, "message": error.message, "hints": list(error.hints)}
+
+
+def rebuilt(error: dict[str, Any]) -> CheckpointError:
+    """The error that the agent raised; of a class that this program does not know, the base."""
+    found = getattr(errors, str(error.get("class")), None)
+    cls = found if isinstance(found, type) and issubclass(found, CheckpointError) else CheckpointError
+    hints = tuple(map(str, error.get("hints") or ()))
+    return cls(str(error.get("message")), kind=str(error.get("kind")), hints=hints)

@@ -20,7 +20,7 @@ from ckpt.commit import names
 from ckpt.commit.assemble import Assembler
 from ckpt.commit.waiting import SYSTEM_CLOCK, Clock
 from ckpt.config import Options
-from ckpt.errors import CheckpointError
+from ckpt.errors import CheckpointError, first_line
 from ckpt.events import Timeline
 from ckpt.format import manifest, receipt
 from ckpt.store.base import Store
@@ -81,8 +81,7 @@ class Completion:
             return  # it may be published, or will be by the agent: nobody may call it aborted
         try:
             if self._rank == 0:
-                reason = error.message if isinstance(error, CheckpointError) else f"{type(error).__name__}: {error}"
-                publishing.abort(self._store, step, attempt, reason)
+                publishing.abort(self._store, step, attempt, first_line(error))
             else:
                 receipts_of.leave_failure(self._store, step, attempt, self._rank, self._world, error)
         except CheckpointError as problem:

@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ckpt.engine.world import World
-from ckpt.errors import CheckpointError, RankFailedError
+from ckpt.errors import RankFailedError, first_line
 from ckpt.plan.records import RECORD, name_hash, record_spec
 
 _HEADER = np.dtype([("step", "<i8"), ("target", "<u8"), ("session", "<u8"), ("error_bytes", "<i8")])
@@ -56,9 +56,7 @@ def agree(
 
 
 def _describe(error: BaseException | None) -> str:
-    if error is None:
-        return ""
-    return error.message if isinstance(error, CheckpointError) else f"{type(error).__name__}: {error}"
+    return "" if error is None else first_line(error)
 
 
 def _raise_failures(texts: Sequence[str], error: BaseException | None) -> None:

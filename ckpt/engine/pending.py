@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from concurrent.futures import Future
 
 from ckpt.engine.attempt import Saved
-from ckpt.errors import CheckpointError, SaveFailedError
+from ckpt.errors import SaveFailedError, first_line
 from ckpt.events import Phase, Timeline
 from ckpt.snapshot.staging import Staging
 
@@ -73,11 +73,6 @@ class PendingSave:
     def timeline(self) -> list[Phase]:
         """What this rank did for this save so far, by start: phases with their seconds and bytes (ckpt/events.py)."""
         return self._timeline.phases
-
-
-def first_line(error: BaseException) -> str:
-    """What an error says, without hints."""
-    return error.message if isinstance(error, CheckpointError) else f"{type(error).__name__}: {error}"
 
 
 def failed_error(found: Sequence[tuple[PendingSave, BaseException]]) -> SaveFailedError:

@@ -16,10 +16,9 @@ from typing import Protocol
 import numpy as np
 
 from ckpt.engine.load import Rename
-from ckpt.engine.pending import first_line
 from ckpt.engine.reader import StoredCheckpoint
 from ckpt.engine.run import Run, State
-from ckpt.errors import CheckpointError, DamagedError, MismatchError, NotFoundError, RankFailedError
+from ckpt.errors import CheckpointError, DamagedError, MismatchError, NotFoundError, RankFailedError, first_line
 from ckpt.layout.layout import Layout
 from ckpt.store.base import Store
 

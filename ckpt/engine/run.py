@@ -29,14 +29,14 @@ from ckpt.engine.attempt import Attempt, Saved
 from ckpt.engine.keeper import Keeper
 from ckpt.engine.load import Loaded, Rename, load_state
 from ckpt.engine.pace import Pace
-from ckpt.engine.pending import PendingSave, failed_error, first_line
+from ckpt.engine.pending import PendingSave, failed_error
 from ckpt.engine.read import Progress
 from ckpt.engine.reader import StoredCheckpoint
 from ckpt.engine.save import SaveSession
 from ckpt.engine.torch_world import current_world
 from ckpt.engine.worker import Worker
 from ckpt.engine.world import World, raise_together
-from ckpt.errors import CheckpointError, NotFoundError, RankFailedError, SaveFailedError
+from ckpt.errors import CheckpointError, NotFoundError, RankFailedError, SaveFailedError, first_line
 from ckpt.events import Events, Operation, Outcome, Sink, Timeline
 from ckpt.format.spec import LocalState
 from ckpt.layout.layout import Layout
