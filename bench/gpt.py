@@ -28,6 +28,7 @@ from bench.systems import Dcp, DcpAsync, Ours, OursFenced, OursNewRun, Phases, S
 from bench.workloads import State, check_equal, gpt_shapes, nbytes, plain, scramble, sharded, tp_placement
 
 STALL_TARGET = 10.0  # dcp.async_save's best variant over ours
+LONG_PASS_S = 0.5  # between a save and the next step, beside the usual 0.1
 COPIES = 6  # of the state, on disk or in memory at one time, with some room
 
 
@@ -83,7 +84,7 @@ def body(rank: Rank, size: dict[str, int], repeats: int) -> dict[str, Any]:
     loads = _Loads(rank, shapes, state)
     table: Table = {}
     sizes: dict[str, dict[str, int]] = {}
-    asynchronous = [OursFenced(), DcpAsync(keep=False), DcpAsync(keep=True)]
+    asynchronous = [OursFenced(), OursFenced(LONG_PASS_S), DcpAsync(keep=False), DcpAsync(keep=True)]
     direct = Direct()
     for step in range(repeats + 1):
         for system in (Ours(), OursNewRun(), Dcp(), Safetensors(), direct):
