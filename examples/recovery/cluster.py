@@ -167,6 +167,13 @@ class Cluster:
         shutil.rmtree(self._runtime, ignore_errors=True)
 
 
+def is_alive(process: psutil.Process) -> bool:
+    """Whether it runs. One that has ended counts as gone, also before somebody has waited for it."""
+    with suppress(psutil.NoSuchProcess):
+        return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
+    return False
+
+
 def _kill(process: psutil.Process) -> None:
     with suppress(psutil.NoSuchProcess):
         process.send_signal(signal.SIGKILL)
@@ -178,4 +185,4 @@ def wait_until(condition: Callable[[], bool], timeout_s: float, what: str) -> No
     while not condition():
         if time.monotonic() > deadline:
             raise TimeoutError(f"{what}: not within {timeout_s:.0f} s")
-        time.sleep(0.05)
+        time.sleep(0.02)
