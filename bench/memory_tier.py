@@ -289,7 +289,7 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
 
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
-    size, repeats = {"layers": 6, "width": 768}, args.repeats
+    size, repeats = {"layers": 12, "width": 768}, args.repeats
     if args.tiny:
         size, repeats = {"layers": 1, "width": 64, "vocabulary": 2570}, 1
     options.check_space(args.dir, 3 * nbytes(gpt_shapes(**size)))
