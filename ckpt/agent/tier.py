@@ -37,7 +37,7 @@ from ckpt.agent.transport.client import Peer
 from ckpt.agent.transport.credentials import SECRET_BYTES, Credentials
 from ckpt.commit.complete import Request
 from ckpt.config import AGENT_ADDRESSES_MAX, AGENT_RECORD_BYTES_MAX, Memory, Options
-from ckpt.engine.world import World, raise_together
+from ckpt.engine.world import World, gather_or_raise
 from ckpt.errors import AgentError, CheckpointError, InvalidInputError, PeerError, SaveFailedError
 
 _POLL_S = (0.002, 0.1)  # between two questions to the agent: at first, and at most
@@ -98,8 +98,8 @@ class Tier:
             body = work()
         except CheckpointError as problem:
             error = problem
-        raise_together(self._world, error, state)
-        return self._gather(body)
+        answers = gather_or_raise(self._world, json.dumps(body).encode(), error, state)
+        return [json.loads(answer) for answer in answers]
 
     def _connect(self) -> None:
         """Find or start this rank's agent, agree on the secret of the run, and learn what all agents hold. All ranks call."""
@@ -446,7 +446,9 @@ class Tier:
             return [self._client.call(method, params, timeout_s=timeout_s)[0], *others]
 
         found = self._together(lambda: {"agents": ask("flushes", {})}, "nothing was changed")
-        flushes = [tuple(one) for rank in found for agent in rank["agents"] for one in agent["flushes"]]
+        flushes = [one for rank in found for agent in rank["agents"] for one in agent["flushes"]]
+        if all(is_done for *_, is_done in flushes):
+            return
         taking_part = Counter((step, attempt, world) for step, attempt, world, _ in flushes)
         keep = [[step, attempt] for (step, attempt, world), count in taking_part.items() if count == world]
         self._together(lambda: {"agents": ask("settle", {"keep": keep})}, "nothing was changed")

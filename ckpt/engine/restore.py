@@ -172,8 +172,9 @@ def _from_memory(
     finally:
         if store is not None:
             store.close()
-    if not _all_well(run, error):
-        return None, error or RankFailedError("other ranks failed", kind="rank-failed")
+    if error is not None:  # on every rank: opening and loading agree on that
+        _refuse_mismatch(run, error)
+        return None, error
     done = Restored(
         step=candidate.step,
         tier="memory",
@@ -185,13 +186,14 @@ def _from_memory(
     return done, None
 
 
-def _all_well(run: Run, error: CheckpointError | None) -> bool:
-    """Whether all ranks have loaded. What is wrong with the state itself is raised: no other tier has another one."""
+def _refuse_mismatch(run: Run, error: CheckpointError) -> None:
+    """Raise what is wrong with the state itself, on some rank: no other tier has another one."""
     fatal = isinstance(error, MismatchError)
-    answers = run.world.all_gather(np.array([error is not None, fatal], np.uint8))
-    if any(answer[1] for answer in answers):
-        raise error or RankFailedError("the load failed on other ranks: their state does not fit", kind="rank-failed")
-    return not any(answer[0] for answer in answers)
+    answers = run.world.all_gather(np.array([fatal], np.uint8))
+    if fatal:
+        raise error
+    if any(answer[0] for answer in answers):
+        raise RankFailedError("the load failed on other ranks: their state does not fit", kind="rank-failed")
 
 
 def _told(run: Run, done: Restored) -> Restored:

@@ -35,7 +35,7 @@ from ckpt.engine.reader import StoredCheckpoint
 from ckpt.engine.save import SaveSession
 from ckpt.engine.torch_world import current_world
 from ckpt.engine.worker import Worker
-from ckpt.engine.world import World, raise_together
+from ckpt.engine.world import World, gather_or_raise, raise_together
 from ckpt.errors import CheckpointError, NotFoundError, RankFailedError, SaveFailedError, first_line
 from ckpt.events import Events, Operation, Outcome, Sink, Timeline
 from ckpt.format.spec import LocalState
@@ -225,9 +225,8 @@ class Run:
                 pass
             except CheckpointError as problem:
                 error = problem
-        raise_together(self.world, error, "before anything changed")
-        answers = self.world.all_gather(np.array([found], np.int64).view(np.uint8))
-        return int(answers[0].copy().view(np.int64)[0])
+        answers = gather_or_raise(self.world, b"%d" % found, error, "before anything changed")
+        return int(answers[0])
 
     def _finish(self, attempt: Attempt) -> Saved:
         with self._told(attempt.timeline, attempt.request.step, attempt.id):
