@@ -131,8 +131,7 @@ def load_state(
         error = problem
     walked = time.perf_counter()
     timeline.add("walk", start, walked)
-    same_layout = prepared is not None and _has_layout(stored, prepared[0].local, world)
-    extra, missing, same_layout = _agree(world, prepared, state, error, strict=strict, same_layout=same_layout)
+    extra, missing, same_layout = _agree(world, stored, prepared, state, error, strict=strict)
     assert prepared is not None
     aim, match, _ = prepared
     saved = SavedWorld(world=stored.manifest.world, same_layout=same_layout)
@@ -220,20 +219,21 @@ def _match(aim: LoadTarget, specs: Sequence[TensorSpec], stored: StoredCheckpoin
 
 def _agree(
     world: World,
+    stored: StoredCheckpoint,
     prepared: tuple[LoadTarget, _Match, list[TensorSpec]] | None,
     state: Mapping[str, Any],
     error: CheckpointError | None,
     *,
     strict: bool,
-    same_layout: bool,
 ) -> tuple[list[str], list[str], bool]:
     """Exchange what each rank wants and lacks; the same verdict on every rank. Returns (extra, missing, same_layout)."""
-    report: dict[str, Any] = {"error": error.message if error else "", "keys": sorted(state), "same": same_layout}
+    report: dict[str, Any] = {"error": error.message if error else "", "keys": sorted(state)}
     wanted = np.empty(0, np.int32)
     if prepared is not None:
         match = prepared[1]
         wanted = np.unique(np.array([i for i in (*match.ids, *match.same) if i >= 0], np.int32))
         report |= {"missing": match.missing, "reshaped": match.reshaped, "objects": match.missing_objects}
+        report |= {"same": _has_layout(stored, prepared[0].local, world)}
     text = json.dumps(report).encode()
     head = np.array([len(text)], np.int64).view(np.uint8)
     answers = world.all_gather(np.concatenate([head, np.frombuffer(text, np.uint8), wanted.view(np.uint8)]))

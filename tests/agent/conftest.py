@@ -53,6 +53,14 @@ def options() -> Iterator[Options]:
 
 
 @pytest.fixture
+def folders(options: Options) -> Iterator[Options]:
+    """As `options`; the agents of a test end with it."""
+    yield options
+    for found in discover.agents(options):
+        discover.stop(found, options, force=True)
+
+
+@pytest.fixture
 def identity() -> Identity:
     return Identity(run_id=uuid.uuid4(), rank=1, world=4)
 

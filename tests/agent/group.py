@@ -79,9 +79,20 @@ class Rank:
 class Group:
     """Ranks of one run. `groups` are the members of each; `options` may differ by rank."""
 
-    def __init__(self, options: Options, groups: Sequence[Sequence[int]], **changes: dict[int, Any]) -> None:
+    def __init__(
+        self,
+        options: Options,
+        groups: Sequence[Sequence[int]],
+        *,
+        run_id: uuid.UUID | None = None,
+        **changes: dict[int, Any],
+    ) -> None:
+        """
+        Args:
+            run_id: of agents that may live already.
+        """
         self.groups, self.world = groups, sum(map(len, groups))
-        run = uuid.uuid4()
+        run = run_id or uuid.uuid4()
         self.ranks = []
         for rank in range(self.world):
             mine = {name: values[rank] for name, values in changes.items() if rank in values}

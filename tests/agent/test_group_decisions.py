@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
 
 import pytest
 
@@ -13,14 +12,6 @@ from ckpt.config import Options
 from ckpt.errors import AgentError
 from tests.agent.conftest import names_in_memory, until
 from tests.agent.group import Group, attempt, quick
-
-
-@pytest.fixture
-def folders(options: Options) -> Iterator[Options]:
-    """The agents of a test end with it."""
-    yield options
-    for found in discover.agents(options):
-        discover.stop(found, options, force=True)
 
 
 def test_a_step_that_one_rank_has_no_memory_for_does_not_hold_up_the_others(folders: Options) -> None:

@@ -177,7 +177,7 @@ def test_flipped_bit_in_memory_counts_as_lost(scene: Scene, kind: str) -> None:
     scene.train_and_kill(nodes, 5, every=4)
     for path in nodes[1].segments():
         if ("parity" in str(path.parent)) == (kind == "parity"):
-            flip(path, 100 if kind == "header" else HEADER_BYTES + 1000)
+            flip(path, 100 if kind == "header" else HEADER_BYTES + 20_000)  # among the tensors
     if kind == "parity":
         nodes[0].lose()
         nodes[0] = scene.nodes.add()
@@ -197,8 +197,8 @@ def flip(path: Path, place: int) -> None:
     ("place", "victim", "steps"),
     [
         ("agent.before-parity", 1, {2}),
-        ("agent.in-parity", 1, {2}),
-        ("agent.before-vote", 1, {2, 4}),  # 4 if the others had made their parity of it by then
+        ("agent.in-parity", 1, {2, 4}),  # 4 if the others had made their parity of it by then
+        ("agent.before-vote", 1, {2, 4}),
         ("agent.before-vote", 0, {2, 4}),  # the one lost is who counts the votes
         ("agent.before-protected", 1, {4}),  # all have voted
     ],
@@ -242,7 +242,7 @@ def test_node_lost_in_the_middle_of_a_flush(scene: Scene, place: str, victim: in
         assert tier == "memory" and step in (6, 8)  # the snapshot of step 8 was under way, too
         assert step >= stored
     else:
-        assert (tier, step) == ("store", stored)
+        assert tier == "store" and step in (stored, 8)  # a trainer stores what its agent has not, while it lives
     assert scene.losses == {step_: loss for step_, loss in undisturbed(13).items() if step_ > step}
     assert steps_in(scene.url) == [4, 8, 12] if step < 8 or stored == 8 else steps_in(scene.url)[-1] == 12
 
