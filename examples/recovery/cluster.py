@@ -26,12 +26,10 @@ from ckpt.config import Options
 from examples.recovery.network import Network, Place
 
 ROOT = Path(__file__).resolve().parents[2]
-NODES = (
-    3,
-    4,
-)  # least and most; more than half, or fresh nodes would start by themselves before the others have noticed
+# Least and most; more than half, or fresh nodes would start by themselves before the others have noticed.
+NODES = (3, 4)
 LAST_CALL_S = 5  # after which a start waits no longer for more nodes
-END_S = 20.0
+END_S = 60.0  # for what has been killed, or told that the job is over
 
 
 @dataclass(kw_only=True)

@@ -143,7 +143,9 @@ class Story:
             raise DemoError(f"torchrun ended with {codes}")
         # An agent that was told that the job is over lets the others hear of the last votes first.
         wait_until(
-            lambda: not any(path for node in nodes for path in node.memory.rglob("*.seg")), END_S, "shared memory is left"
+            lambda: not any(path for node in nodes for path in node.memory.rglob("*.seg")),
+            END_S,
+            "shared memory is left",
         )
 
     def losses(self) -> dict[int, list[float]]:

@@ -1,7 +1,8 @@
 """An agent that does not answer, or dies over a save, costs snapshots: neither the training's time nor a save to the store.
 
 Method: one rank with a real agent, in this process. The agent is stopped with SIGSTOP, or killed by its failpoint in the middle
-of a save; what the training waits is timed, and what is in memory and in the store afterwards is read back.
+of a save; the training must not wait for its answer, which never comes, and what is in memory and in the store afterwards is
+read back.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ import pytest
 import torch
 
 import ckpt
-from ckpt.agent import discover, segments
+from ckpt.agent import discover, own, segments
 from ckpt.agent.identity import memory_folder, parity_folder
 from ckpt.agent.owner import Owner
 from ckpt.commit import find
@@ -29,7 +30,7 @@ from tests.agent.conftest import until
 pytestmark = pytest.mark.timeout(120)
 
 BEGIN_S = 0.5
-SLACK_S = 0.5  # of a busy machine
+NEVER_S = 100.0  # for an answer of a stopped agent: who waits for it is seen by the test's timeout
 
 
 @pytest.fixture
@@ -44,7 +45,7 @@ def folders(options: Options) -> Iterator[dict[str, Any]]:
         "agent_stop_grace_s": 3.0,
         "agent_begin_timeout_s": BEGIN_S,
         "agent_call_timeout_s": 3.0,
-        "agent_start_timeout_s": 12.0,
+        "agent_start_timeout_s": 20.0,
         "commit_timeout_s": 20.0,
     }
     for found in discover.agents(options):
@@ -85,31 +86,34 @@ def pid_of(checkpointer: ckpt.Checkpointer) -> int:
     return checkpointer._tier._client.agent_pid
 
 
-def timed_step(checkpointer: ckpt.Checkpointer, step: int) -> tuple[PendingSave, float]:
-    start = time.perf_counter()
+def begun(checkpointer: ckpt.Checkpointer, step: int) -> PendingSave:
     pending = checkpointer.step(step, state(step))
     assert pending is not None
-    return pending, time.perf_counter() - start
+    return pending
 
 
 def kept(checkpointer: ckpt.Checkpointer, step: int) -> bool:
     """Whether a snapshot of this step is protected in memory now."""
     pending = checkpointer.step(step, state(step))
-    return pending is not None and not pending.skipped and pending.outcome(10.0) is None
+    return pending is not None and not pending.skipped and pending.outcome(30.0) is None
 
 
-def test_a_stopped_agent_holds_the_training_up_once_and_shortly(make: Callable[..., ckpt.Checkpointer]) -> None:
-    checkpointer = make()
+def test_a_stopped_agent_does_not_hold_up_the_training(
+    make: Callable[..., ckpt.Checkpointer], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    waits: list[float] = []
+    wait = own._Room.wait
+    monkeypatch.setattr(own._Room, "wait", lambda room, seconds: (waits.append(seconds), wait(room, seconds))[1])
+    checkpointer = make(agent_call_timeout_s=NEVER_S)
     checkpointer.prepare(state(0))
     assert kept(checkpointer, 1)
     pid = pid_of(checkpointer)
     os.kill(pid, signal.SIGSTOP)
-    skipped = [timed_step(checkpointer, step) for step in (2, 3, 4)]
+    waits.clear()
+    skipped = [begun(checkpointer, step).skipped for step in (2, 3, 4)]
     os.kill(pid, signal.SIGCONT)
-    assert [pending.skipped for pending, _ in skipped] == [True] * 3
-    assert checkpointer.skipped == 3
-    assert BEGIN_S <= skipped[0][1] < BEGIN_S + SLACK_S
-    assert max(seconds for _, seconds in skipped[1:]) < SLACK_S
+    assert (skipped, checkpointer.skipped) == ([True] * 3, 3)
+    assert waits == [BEGIN_S]  # once, and not again while the question is open
     steps = iter(range(5, 1000))
     until(lambda: kept(checkpointer, next(steps)))
     assert pid_of(checkpointer) == pid
@@ -118,15 +122,14 @@ def test_a_stopped_agent_holds_the_training_up_once_and_shortly(make: Callable[.
 def test_a_save_to_the_store_goes_on_without_a_stopped_agent(
     make: Callable[..., ckpt.Checkpointer], tmp_path: Path
 ) -> None:
-    checkpointer = make(every=2)
+    checkpointer = make(every=2, agent_call_timeout_s=NEVER_S)
     checkpointer.prepare(state(0))
     assert kept(checkpointer, 1)
     pid = pid_of(checkpointer)
     os.kill(pid, signal.SIGSTOP)
-    pending, seconds = timed_step(checkpointer, 2)
-    saved = pending.wait(10.0)
+    saved = begun(checkpointer, 2).wait(40.0)
     os.kill(pid, signal.SIGCONT)
-    assert (saved.tier, seconds < BEGIN_S + SLACK_S) == ("store", True)
+    assert saved.tier == "store"
     found = ckpt.open(tmp_path / "run", step=2)
     assert torch.equal(found["model/w"][:], state(2)["model"]["w"])
 
@@ -168,17 +171,15 @@ def test_a_job_that_starts_beside_a_stopped_agent_restores_what_that_holds(
     assert pid_of(after) != first
 
 
-def test_the_end_of_a_job_is_not_held_up_and_leaves_nothing(
+def test_a_job_with_a_stopped_agent_ends_and_leaves_nothing(
     make: Callable[..., ckpt.Checkpointer], options: Options
 ) -> None:
-    checkpointer = make()
+    checkpointer = make(agent_call_timeout_s=NEVER_S)
     checkpointer.prepare(state(0))
     assert kept(checkpointer, 1)
     os.kill(pid_of(checkpointer), signal.SIGSTOP)
-    assert timed_step(checkpointer, 2)[0].skipped
-    start = time.perf_counter()
+    assert begun(checkpointer, 2).skipped
     checkpointer.close()
-    assert time.perf_counter() - start < 3.0
     assert left_in_memory(options) == []
 
 
@@ -193,7 +194,7 @@ def test_a_save_whose_agent_dies_is_stored_by_the_trainer(
     monkeypatch.delenv("CKPT_FAILPOINT")  # of its agent alone
     checkpointer.prepare(state(0))
     first = pid_of(checkpointer)
-    assert checkpointer.step(2, state(2)).wait(30.0).step == 2  # type: ignore[union-attr]
+    assert checkpointer.step(2, state(2)).wait(60.0).step == 2  # type: ignore[union-attr]
     assert Owner.of(first) is None
     assert find.steps(open_store(tmp_path / "run", options=Options())) == [2]
     found = ckpt.open(tmp_path / "run", step=2)
@@ -207,7 +208,7 @@ def test_a_save_that_its_agent_has_published_before_it_died_counts(
     checkpointer = make(every=2)
     monkeypatch.delenv("CKPT_FAILPOINT")
     checkpointer.prepare(state(0))
-    saved = checkpointer.step(2, state(2)).wait(30.0)  # type: ignore[union-attr]
+    saved = checkpointer.step(2, state(2)).wait(60.0)  # type: ignore[union-attr]
     assert find.steps(open_store(tmp_path / "run", options=Options())) == [2]
     assert saved.step == 2
 
@@ -226,7 +227,7 @@ def test_a_save_whose_agent_stops_in_the_middle_is_stored_by_the_trainer(
     run = tmp_path / "run"
     until(lambda: any(run.glob("step-*/*/*.safetensors")))
     os.kill(pid, signal.SIGSTOP)
-    assert pending.wait(30.0).step == 2
+    assert pending.wait(60.0).step == 2
     assert Owner.of(pid) is None
     found = ckpt.open(run, step=2)
     assert torch.equal(found["model/w"][:], state(2)["model"]["w"])
