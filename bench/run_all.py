@@ -27,6 +27,9 @@ BENCHMARKS = (
     "s3",
     "erasure",
     "transport",
+    "memory_tier",
+    "memory_pace",
+    "agent_memory",
 )
 TIMEOUT_S = 2 * 3600.0
 
