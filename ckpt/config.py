@@ -231,3 +231,16 @@ AGENT_LOG_KEEP_S = 7 * 86400.0  # logs of agents that are gone are removed after
 AGENT_HOLD_S_MAX = 3600.0  # somebody who reads what an agent holds may keep it from ending for so long at a time
 AGENT_ADDRESSES_MAX = 4096  # that an agent is told when it joins; larger worlds: of its own group and one of each other
 AGENT_POPULATE_BYTES = 64 * MIB  # of one step of a first touch, so that other threads get their turn
+
+# Merging. The first three decide how a result is cut and how sums are made: another value gives other (equally good) bits.
+MERGE_TILE_ELEMENTS = 1 << 20  # of one tile
+MERGE_FRAGMENT_ELEMENTS = 1 << 26  # of one fragment of the result
+MERGE_IMAGE_BYTES = 256 * MIB  # of one image of the result, about; more where there would be over MERGE_IMAGES_MAX
+MERGE_IMAGES_MAX = 4096
+MERGE_SOURCES_MAX = 4096
+MERGE_SLOT_BYTES_MAX = 64 * MIB  # of an optimizer slot of another shape than its parameter (a factor), which is read whole
+MERGE_RECIPE_BYTES_MAX = 4 * MIB
+MERGE_RECIPE_DEPTH_MAX = 16
+MERGE_RECIPE_NODES_MAX = 200_000
+MERGE_LISTED_MAX = 1000  # names in one error message
+MERGE_WORKERS_MAX = 1024

@@ -1,0 +1,1 @@
+"""Merging: methods, recipes, streaming run."""
