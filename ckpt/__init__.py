@@ -33,6 +33,8 @@ if TYPE_CHECKING:
     from ckpt.format.objects import register_codec
     from ckpt.layout.box import Box
     from ckpt.layout.layout import Layout
+    from ckpt.merge.api import merge
+    from ckpt.merge.registry import merge_method
     from ckpt.snapshot.fence import Attached, attach, fence
     from ckpt.state import FlatOptimizerState, FlatShard, annotate
     from ckpt.state.elastic import ElasticLoader, ElasticSampler
@@ -70,6 +72,7 @@ _PLACES = {
     "register_codec": "ckpt.format.objects",
     "Box": "ckpt.layout.box",
     "Layout": "ckpt.layout.layout",
+    "merge_method": "ckpt.merge.registry",
     "Attached": "ckpt.snapshot.fence",
     "attach": "ckpt.snapshot.fence",
     "fence": "ckpt.snapshot.fence",
@@ -117,6 +120,8 @@ __all__ = [
     "attach",
     "fence",
     "load",
+    "merge",
+    "merge_method",
     "open",
     "register_codec",
     "save",
@@ -125,6 +130,8 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
+    if name == "merge":  # a package that can be called
+        return importlib.import_module("ckpt.merge")
     if name not in _PLACES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     value = getattr(importlib.import_module(_PLACES[name]), name)

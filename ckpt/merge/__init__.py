@@ -1,1 +1,36 @@
-"""Merging: methods, recipes, streaming run."""
+"""Merging: methods, recipes, the streaming run, and who works on it.
+
+In: checkpoints. Out: a checkpoint. `ckpt.merge(...)` is the call: this module can be called, and is a package all the same.
+"""
+
+from __future__ import annotations
+
+import sys
+import types
+from typing import Any
+
+
+class _Callable(types.ModuleType):
+    """This package as the function that it is named after."""
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        from ckpt.merge.api import merge
+
+        return merge(*args, **kwargs)
+
+    @property
+    def plan(self) -> Any:
+        """See `ckpt.merge.api.plan`."""
+        from ckpt.merge import api
+
+        return api.plan
+
+    @property
+    def resume(self) -> Any:
+        """See `ckpt.merge.api.resume`."""
+        from ckpt.merge import api
+
+        return api.resume
+
+
+sys.modules[__name__].__class__ = _Callable

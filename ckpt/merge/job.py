@@ -34,7 +34,7 @@ from ckpt.commit.find import contents, step_folders
 from ckpt.commit.receipts import read_record
 from ckpt.config import Options
 from ckpt.engine.reader import StoredCheckpoint
-from ckpt.errors import AlreadyExistsError, CheckpointError, DamagedError, InvalidInputError, NotFoundError
+from ckpt.errors import AlreadyExistsError, CheckpointError, DamagedError, InvalidInputError, MismatchError, NotFoundError
 from ckpt.format import manifest, receipt
 from ckpt.merge import records
 from ckpt.merge.lineage import lineage_of
@@ -151,6 +151,16 @@ class Job:
             "owner": owner(),
         }
         self.into.put(plan_key(self.step, self.attempt), json.dumps(document, indent=1).encode())
+
+    def check(self, found: Unfinished) -> None:
+        """That this process makes the bytes that the one meant that began. MismatchError (`changed`) when not."""
+        if self.plan.digest != found.digest or self.step != found.step:
+            raise MismatchError(
+                f"the merge into step {found.step} of {self.into.url} cannot be gone on with: its sources or the program have "
+                "changed since it was begun",
+                kind="changed",
+                hints=("begin it anew; `ckpt gc` removes what this one left",),
+            )
 
     def publish(self) -> None:
         """Index and manifest, when every image is durable. One process, once."""

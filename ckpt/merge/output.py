@@ -1,15 +1,17 @@
-"""Write one image of the result, front to back, while later parts of it are made.
+"""Write the images of the result, front to back, while later parts of them are made.
 
-In: the bytes of its fragments, in order. Out: a durable object, and the receipt for the index. Whole chunks are summed and handed to
-a thread that writes them; a fixed number of buffers, used again. Never shows a half-written image to a reader: nothing names it.
+In: the bytes of the fragments of an image, in order. Out: a durable object, and the receipt for the index. Whole chunks are summed
+and handed to a thread that writes them, out of a fixed number of buffers; the same thread makes an image durable while the next one
+is filled. Never shows a half-written image to a reader: nothing names it.
 """
 
 from __future__ import annotations
 
-from collections import deque
+from collections.abc import Callable
 from concurrent.futures import Future, wait
+from typing import TypeVar
 
-import numpy as np
+from numpy import uint8
 from numpy.typing import NDArray
 
 from ckpt import failpoints
@@ -19,9 +21,30 @@ from ckpt.format.receipt import ImageTable, ObjectRow, Receipt
 from ckpt.kernels import crc32c
 from ckpt.merge.images import ImagePlan
 from ckpt.snapshot.images import allocate
-from ckpt.store.base import Store, Writer
+from ckpt.store.base import Store
 
-_Buffers = list[NDArray[np.uint8]]
+_T = TypeVar("_T")
+
+
+class _Ring:
+    """Buffers that are filled and written in turn. One owner thread."""
+
+    def __init__(self, options: Options) -> None:
+        self._buffers = [allocate(options.chunk_bytes) for _ in range(options.write_buffers)]
+        self._writes: list[Future[None] | None] = [None] * len(self._buffers)
+        self._at = 0
+
+    def current(self) -> NDArray[uint8]:
+        """The buffer to fill: what was in it before is written."""
+        write, self._writes[self._at] = self._writes[self._at], None
+        if write is not None:
+            write.result()
+        return self._buffers[self._at]
+
+    def written_by(self, write: Future[None]) -> None:
+        """The current buffer is on its way; the next one comes up."""
+        self._writes[self._at] = write
+        self._at = (self._at + 1) % len(self._buffers)
 
 
 class ImageWriter:
@@ -30,76 +53,76 @@ class ImageWriter:
     def __init__(self, store: Store, options: Options) -> None:
         self._store, self._options = store, options
         self._worker = Worker("ckpt-merge-write", 0)
-        self._buffers: _Buffers = []
+        self._ring: _Ring | None = None
 
     def begin(self, key: str, image: ImagePlan) -> ImageOutput:
-        """Start an image. One at a time."""
-        if not self._buffers:
-            self._buffers = [allocate(self._options.chunk_bytes) for _ in range(self._options.write_buffers)]
-        payloads = [one.payload() for one in image.objects]
-        writer = self._store.open_writer(key, nbytes=image.layout.total_bytes)
-        return ImageOutput(image, payloads, writer, self._worker, self._buffers, self._options)
+        """Start an image. The one before may still be on its way to be durable."""
+        if self._ring is None:
+            self._ring = _Ring(self._options)
+        return ImageOutput(image, self._store, key, self._worker, self._ring, self._options)
 
     def close(self) -> None:
         """End the thread and let go of the buffers."""
         self._worker.close()
-        self._buffers = []
+        self._ring = None
 
 
 class ImageOutput:
     """One image on its way. Used once, by one thread."""
 
     def __init__(
-        self,
-        image: ImagePlan,
-        payloads: list[bytes],
-        writer: Writer,
-        worker: Worker,
-        buffers: _Buffers,
-        options: Options,
+        self, image: ImagePlan, store: Store, key: str, worker: Worker, ring: _Ring, options: Options
     ) -> None:
-        self._image, self._writer, self._worker, self._options = image, writer, worker, options
+        self.image, self._worker, self._ring = image, worker, ring
         self._program = image.program(options)
-        self._packer = image.packer(self._program, payloads, options)
-        self._free = deque(buffers)
-        self._pending: deque[Future[None]] = deque()
-        self._chunk = 0
+        self._packer = image.packer(self._program, [one.payload() for one in image.objects], options)
+        self._writer = store.open_writer(key, nbytes=image.layout.total_bytes)
+        self._writes: list[Future[None]] = []
         self._at = len(image.layout.header)  # bytes of the image: where the next fragment begins
-        self._filled = self._at  # so far; objects and the header are put in by the packer
 
-    def append(self, data: NDArray[np.uint8]) -> None:
+    def append(self, data: NDArray[uint8]) -> None:
         """The next bytes of the fragments, in file order."""
         done = 0
         while done < len(data):
-            start, stop = self._program.chunk_range(self._chunk)
+            start, stop = self._program.chunk_range(len(self._writes))
             if self._at >= stop:
                 self._flush()
                 continue
             count = min(len(data) - done, stop - self._at)
-            self._free[0][self._at - start : self._at - start + count] = data[done : done + count]
+            self._ring.current()[self._at - start : self._at - start + count] = data[done : done + count]
             self._at += count
             done += count
 
-    def finish(self) -> None:
-        """Make the image durable."""
-        layout = self._image.layout
+    def finish(self, then: Callable[[], _T]) -> Future[_T]:
+        """Let the image become durable, and `then` be called, both on the thread that writes."""
+        layout = self.image.layout
         ends = int(layout.offsets[-1] + layout.nbytes[-1]) if len(layout.offsets) else len(layout.header)
         assert self._at == ends, "fragments are missing from an image"
-        while self._chunk < self._program.num_chunks:
+        while len(self._writes) < self._program.num_chunks:
             self._flush()
-        while self._pending:
-            self._pending.popleft().result()
-        failpoints.hit("merge.before-image-commit")
-        self._writer.commit()
+
+        def end() -> _T:
+            try:
+                for write in self._writes:
+                    write.result()  # over by now: one thread does them in order
+                failpoints.hit("merge.before-image-commit")
+                self._writer.commit()
+                return then()
+            except BaseException:
+                self._writer.abort()
+                raise
+
+        return self._worker.submit(end)
 
     def abort(self) -> None:
         """Drop what was written. May be called after a failure of any kind."""
-        wait(self._pending)
+        wait(self._writes)
         self._writer.abort()
 
     def receipt(self, *, step: int, attempt: str, num_images: int, file: str) -> Receipt:
-        """What the index needs to know of the image."""
-        image, layout = self._image, self._image.layout
+        """What the index needs to know of the image, when all of it is summed."""
+        image, layout = self.image, self.image.layout
+        places = zip(image.objects, layout.object_offsets, strict=True)
         return Receipt(
             rank=image.number,
             world=num_images,
@@ -110,7 +133,7 @@ class ImageOutput:
             file_bytes=layout.total_bytes,
             block_bytes=image.block_bytes,
             checksums=self._packer.checksums,
-            objects=[_placed(one.row, image.number, at) for one, at in zip(image.objects, layout.object_offsets, strict=True)],
+            objects=[_placed(one.row, image.number, at) for one, at in places],
             image=ImageTable(
                 specs=list(image.specs),
                 rows=layout.rows,
@@ -122,16 +145,14 @@ class ImageOutput:
         )
 
     def _flush(self) -> None:
-        """Sum the chunk in the front buffer and let it be written."""
-        low, high = self._program.chunk_range(self._chunk)
-        buffer = self._free[0][: high - low]
-        self._packer.put_raw(self._chunk, buffer)
-        self._packer.checksum(self._chunk, buffer)
-        self._free.rotate(-1)
-        self._pending.append(self._worker.submit(lambda: self._writer.write(buffer.data)))
-        self._chunk += 1
-        if len(self._pending) == len(self._free):  # the buffer that comes next is still being written
-            self._pending.popleft().result()
+        """Sum the chunk in the current buffer and let it be written."""
+        chunk = len(self._writes)
+        low, high = self._program.chunk_range(chunk)
+        buffer = self._ring.current()[: high - low]
+        self._packer.put_raw(chunk, buffer)
+        self._packer.checksum(chunk, buffer)
+        self._writes.append(self._worker.submit(lambda: self._writer.write(buffer.data)))
+        self._ring.written_by(self._writes[-1])
         failpoints.hit("merge.in-image")
 
 

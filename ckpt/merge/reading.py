@@ -12,6 +12,7 @@ from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
+from typing import Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -60,6 +61,13 @@ class _Wanted:
     feeds: list[tuple[Feed, Box, int]]  # with the place in memory
 
 
+class Spans(Protocol):
+    """Where spans come from."""
+
+    def take(self, *, wait: bool) -> tuple[ImagePlan, Span] | None:
+        """The next one. None: there are no more; without `wait` also: none is known yet."""
+
+
 class Arenas:
     """Memory for spans, taken and given back by any thread; `take` waits while too much is out."""
 
@@ -102,24 +110,33 @@ class SpanReader:
         self._fragments = _Fragments()
         self.read_nbytes = 0
 
-    def read(self, image: ImagePlan, spans: Iterator[Span]) -> Iterator[Filled]:
-        """The spans of one image, filled. A span's memory is taken back when the next one is asked for."""
-        fragments = self._fragments.part(self._plan, image)
-        ahead: deque[tuple[Filled, list[Future[int]]]] = deque()
-        waiting = next(spans, None)
+    def read(self, spans: Spans) -> Iterator[tuple[ImagePlan, Filled]]:
+        """The spans, filled, those of one image after those of another. A span's memory is taken back when the next one is
+        asked for."""
+        ahead: deque[tuple[ImagePlan, Filled, list[Future[int]]]] = deque()
+        waiting: tuple[ImagePlan, Span] | None = None
+        image, fragments = None, None
         try:
-            while ahead or waiting is not None:
-                while waiting is not None and (started := self._start(waiting, fragments)) is not None:
-                    ahead.append(started)
-                    waiting = next(spans, None)
-                filled, futures = ahead[0]
+            while True:
+                while waiting is not None or (waiting := spans.take(wait=not ahead)) is not None:
+                    if image is not waiting[0]:
+                        image, fragments = waiting[0], self._fragments.part(self._plan, waiting[0])
+                    assert fragments is not None
+                    started = self._start(waiting[1], fragments)
+                    if started is None:
+                        break
+                    ahead.append((waiting[0], *started))
+                    waiting = None
+                if not ahead:
+                    return
+                of, filled, futures = ahead[0]
                 for future in futures:
                     self.read_nbytes += future.result()
-                yield filled
+                yield of, filled
                 self._arenas.give_back(filled.memory)
                 ahead.popleft()
         finally:
-            for _, futures in ahead:
+            for _, _, futures in ahead:
                 for future in futures:
                     future.cancel()
                 wait(futures)

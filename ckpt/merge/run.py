@@ -23,7 +23,7 @@ from ckpt.merge.job import Job, Stage, Unfinished
 from ckpt.merge.plan import MergePlan, make_plan
 from ckpt.merge.recipe import Recipe, SourceSpec, StepRange, from_document
 from ckpt.merge.sources import OpenStore, Opened, open_sources
-from ckpt.merge.work import Worker
+from ckpt.merge.work import TaskList, Worker
 from ckpt.store.base import Store
 
 
@@ -65,8 +65,7 @@ class Here:
         return self._worker.read_nbytes
 
     def run(self, stage: Stage, tasks: Sequence[int]) -> None:
-        for task in tasks:
-            self._worker.do(stage.number, task)
+        self._worker.do(stage.number, TaskList(tasks), lambda task: None)
 
     def close(self) -> None:
         self._worker.close()
@@ -100,13 +99,8 @@ def begin(plan: MergePlan, into: Store, options: Options, *, workers: int = 1) -
 def again(found: Unfinished, plan: MergePlan, into: Store, options: Options) -> Job:
     """Go on with an attempt. MismatchError when its sources, or this program, would now make other bytes."""
     publishing.refuse_existing(into, plan.step)
-    if plan.digest != found.digest or plan.step != found.step:
-        raise MismatchError(
-            f"the merge into step {found.step} of {into.url} cannot be gone on with: its sources or the program have changed",
-            kind="changed",
-            hints=("begin it anew; `ckpt gc` removes what this one left",),
-        )
     job = Job(plan, into, found.attempt, found.limits, options)
+    job.check(found)
     job.begin(found.recipe)  # the same record, with this process as its owner
     return job
 

@@ -6,16 +6,56 @@ arithmetic and writes of a task overlap on threads of the worker's own. `close` 
 
 from __future__ import annotations
 
+import itertools
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, wait
+from typing import Protocol
+
 from ckpt.engine.read import Progress
 from ckpt.merge.compute import Computer
 from ckpt.merge.images import ImagePlan
 from ckpt.merge.job import Job
 from ckpt.merge.method import Constants, Elementwise
-from ckpt.merge.output import ImageWriter
+from ckpt.merge.output import ImageOutput, ImageWriter
 from ckpt.merge.plan import TensorPlan
-from ckpt.merge.reading import SpanReader
+from ckpt.merge.reading import Filled, SpanReader
 from ckpt.merge.records import Summaries
-from ckpt.merge.spans import needs_pass, spans_of
+from ckpt.merge.spans import Row, Span, needs_pass, spans_of
+
+
+class Tasks(Protocol):
+    """Where tasks of a stage come from."""
+
+    def take(self, *, wait: bool) -> int | None:
+        """The next one. None: there are no more; without `wait` also: none is known yet."""
+
+
+class TaskList:
+    """Tasks that are known."""
+
+    def __init__(self, tasks: Iterable[int]) -> None:
+        self._left = iter(tasks)
+
+    def take(self, *, wait: bool) -> int | None:
+        return next(self._left, None)
+
+
+class _Spans:
+    """The spans of tasks, one task after the other."""
+
+    def __init__(self, job: Job, tasks: Tasks, wanted: Callable[[TensorPlan], bool] | None) -> None:
+        self._job, self._tasks, self._wanted = job, tasks, wanted
+        self._current: Iterator[tuple[ImagePlan, Span]] = iter(())
+
+    def take(self, *, wait: bool) -> tuple[ImagePlan, Span] | None:
+        while (found := next(self._current, None)) is None:
+            task = self._tasks.take(wait=wait)
+            if task is None:
+                return None
+            image = self._job.plan.images[task]
+            spans = spans_of(self._job.plan, image, self._job.limits, self._wanted)
+            self._current = ((of, span) for of, span in zip(itertools.repeat(image), spans, strict=False))
+        return found
 
 
 class Worker:
@@ -34,15 +74,19 @@ class Worker:
         """Bytes read from sources so far."""
         return self._reader.read_nbytes
 
-    def do(self, stage: int, task: int) -> None:
-        """One task: of a pass from 0 up, or with -1 an image."""
-        image = self._job.plan.images[task]
+    def do(self, stage: int, tasks: Tasks, done: Callable[[int], None]) -> None:
+        """Tasks, one after the other: of a pass from 0 up, or with -1 images.
+
+        Reading goes on from one task to the next without a pause, and an image becomes durable while the next one is made.
+
+        Args:
+            done: called with the number of each task that has its record, from any thread.
+        """
+        self._resolve_up_to(self._num_passes() if stage < 0 else stage)
         if stage < 0:
-            self._resolve_up_to(self._num_passes())
-            self._make(image)
+            self._make(tasks, done)
         else:
-            self._resolve_up_to(stage)
-            self._observe(stage, image)
+            self._observe(stage, tasks, done)
 
     def close(self) -> None:
         """End all threads."""
@@ -50,45 +94,77 @@ class Worker:
         self._computer.close()
         self._writer.close()
 
-    def _make(self, image: ImagePlan) -> None:
+    def _make(self, tasks: Tasks, done: Callable[[int], None]) -> None:
         job = self._job
-        key = job.image_key(image.number)
-        job.drop_half_image(image.number)
-        output = self._writer.begin(key, image)
+        output: ImageOutput | None = None
+        ending: list[Future[None]] = []
         try:
-            for filled in self._reader.read(image, spans_of(job.plan, image, job.limits)):
+            for image, filled in self._reader.read(_Spans(job, tasks, None)):
+                if output is None or output.image is not image:
+                    if output is not None:
+                        ending.append(self._end(output, done))
+                        output = None
+                    job.drop_half_image(image.number)
+                    output = self._writer.begin(job.image_key(image.number), image)
                 data = self._computer.result(filled)
                 output.append(data)
                 if self._progress is not None:
                     self._progress(len(data))
-            output.finish()
+            if output is not None:
+                ending.append(self._end(output, done))
+                output = None
+            for one in ending:
+                one.result()
         except BaseException:
-            output.abort()
+            if output is not None:
+                output.abort()
+            wait(ending)
             raise
-        made = output.receipt(
-            step=job.step, attempt=job.attempt, num_images=job.num_images, file=job.image_file(image.number)
-        )
-        job.leave_receipt(image.number, made)
 
-    def _observe(self, number: int, image: ImagePlan) -> None:
+    def _end(self, output: ImageOutput, done: Callable[[int], None]) -> Future[None]:
+        """Let an image become durable, then have its record."""
+        job, number = self._job, output.image.number
+
+        def leave() -> None:
+            file = job.image_file(number)
+            made = output.receipt(step=job.step, attempt=job.attempt, num_images=job.num_images, file=file)
+            job.leave_receipt(number, made)
+            done(number)
+
+        return output.finish(leave)
+
+    def _observe(self, number: int, tasks: Tasks, done: Callable[[int], None]) -> None:
+        """A pass over the tensors of images. Tiles are folded into their fragment, fragments into the image's record."""
         job = self._job
 
         def wanted(tensor: TensorPlan) -> bool:
             return needs_pass(job.plan, tensor, number, job.limits)
 
+        image_of: ImagePlan | None = None
         found: Summaries = {}
-        fragment: Summaries = {}  # of the fragment that is being gone over
-        last = None
-        for filled in self._reader.read(image, spans_of(job.plan, image, job.limits, wanted)):
-            for i, row in enumerate(filled.span.rows):
+        for (image, _), rows in itertools.groupby(
+            self._rows(_Spans(job, tasks, wanted)), key=lambda item: (item[0], item[2].fragment)
+        ):
+            if image_of is not None and image is not image_of:
+                self._leave(number, image_of, found, done)
+                found = {}
+            image_of = image
+            fragment: Summaries = {}
+            for _, filled, row, i in rows:
                 place = row.plan.bound, job.plan.unit_of(row.plan)
-                if row.fragment != last:
-                    _fold(found, fragment)
-                    fragment, last = {}, row.fragment
-                summary = self._computer.observe(filled, i, number, self._constants(*place))
-                _fold(fragment, {place: summary})
-        _fold(found, fragment)
-        job.leave_summaries(number, image.number, found)
+                _fold(fragment, {place: self._computer.observe(filled, i, number, self._constants(*place))})
+            _fold(found, fragment)
+        if image_of is not None:
+            self._leave(number, image_of, found, done)
+
+    def _rows(self, spans: _Spans) -> Iterator[tuple[ImagePlan, Filled, Row, int]]:
+        for image, filled in self._reader.read(spans):
+            for i, row in enumerate(filled.span.rows):
+                yield image, filled, row, i
+
+    def _leave(self, number: int, image: ImagePlan, found: Summaries, done: Callable[[int], None]) -> None:
+        self._job.leave_summaries(number, image.number, found)
+        done(image.number)
 
     # constants
 
