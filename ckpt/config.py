@@ -238,9 +238,16 @@ MERGE_FRAGMENT_ELEMENTS = 1 << 26  # of one fragment of the result
 MERGE_IMAGE_BYTES = 256 * MIB  # of one image of the result, about; more where there would be over MERGE_IMAGES_MAX
 MERGE_IMAGES_MAX = 4096
 MERGE_SOURCES_MAX = 4096
-MERGE_SLOT_BYTES_MAX = 64 * MIB  # of an optimizer slot of another shape than its parameter (a factor), which is read whole
+MERGE_SLOT_BYTES_MAX = (
+    64 * MIB
+)  # of an optimizer slot of another shape than its parameter (a factor), which is read whole
 MERGE_RECIPE_BYTES_MAX = 4 * MIB
 MERGE_RECIPE_DEPTH_MAX = 16
 MERGE_RECIPE_NODES_MAX = 200_000
 MERGE_LISTED_MAX = 1000  # names in one error message
 MERGE_WORKERS_MAX = 1024
+
+# Export to plain safetensors files.
+EXPORT_FILE_BYTES = 5_000_000_000  # of one file, about: what Hugging Face's tools write
+EXPORT_PIECE_BYTES = 16 * MIB  # of a tensor that is read, cast and written at a time
+EXPORT_SIDE_FILE_BYTES_MAX = 64 * MIB  # a config or tokenizer file that is copied along

@@ -42,7 +42,9 @@ class FragmentTable:
     writer: NDArray[np.int32]  # [N] number of the image that holds it: of the writers, then of the references
     offsets: Int64Array  # [N] bytes from the start of that file
     nbytes: Int64Array  # [N]
-    checksums: NDArray[np.uint32]  # per block, fragment after fragment; none at all: the files are not ckpt's and have none
+    checksums: NDArray[
+        np.uint32
+    ]  # per block, fragment after fragment; none at all: the files are not ckpt's and have none
     block_starts: Int64Array  # [N + 1] first block of each fragment
     digests: NDArray[np.uint8] | None = None  # [N, 32] SHA-256 of each; None: not stored, or not asked for
 

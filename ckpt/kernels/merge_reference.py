@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 if TYPE_CHECKING:
-    from ckpt.kernels.merge import FloatDtype, Tile, TiesRule
+    from ckpt.kernels.merge import FloatDtype, TiesRule, Tile
 
 _SUM_BLOCK = 2048
 _LANES = 8

@@ -73,9 +73,7 @@ def _work(lines: queue.SimpleQueue[dict[str, Any]]) -> None:
     try:
         while "end" not in (said := lines.get()):
             if "stage" in said:
-                worker.do(
-                    said["stage"], _Given(lines), lambda task: _say({"done": task, "read": worker.read_nbytes})
-                )
+                worker.do(said["stage"], _Given(lines), lambda task: _say({"done": task, "read": worker.read_nbytes}))
     finally:
         worker.close()
         opened.close()

@@ -81,7 +81,7 @@ def merge(
         raise InvalidInputError("say where the result goes: `into`", kind="no-output")
     chosen = config.from_environment(options)
     with _opened(recipe.output, chosen, storage_options) as store, plan(recipe, options, storage_options) as made:
-        num = _workers(made, recipe.workers or 1)
+        num = check_workers(made, recipe.workers or 1)
         job = begin(made, store, chosen, workers=num)
         return carry_out(job, runner_of(num, storage_options), progress)
 
@@ -117,7 +117,7 @@ def resume(
         found = find_unfinished(store, step)
         with plan(recipe_again(found.recipe), options, storage_options) as made:
             job = again(found, made, store, chosen)
-            return carry_out(job, runner_of(_workers(made, workers), storage_options), progress)
+            return carry_out(job, runner_of(check_workers(made, workers), storage_options), progress)
 
 
 def read_recipe(recipe: Mapping[str, Any] | Url) -> Recipe:
@@ -215,7 +215,7 @@ def _changed(
     return from_document(document, "merge()")
 
 
-def _workers(made: MergePlan, workers: int) -> int:
+def check_workers(made: MergePlan, workers: int) -> int:
     """How many processes; refused where they could not know a method."""
     if not 1 <= workers <= MERGE_WORKERS_MAX:
         raise InvalidInputError(f"`workers` must be 1 to {MERGE_WORKERS_MAX}, found {workers}")

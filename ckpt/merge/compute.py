@@ -165,7 +165,10 @@ class Computer:
         whole, itemsize, dtype = self.tile(filled, row), one.plan.spec.itemsize, one.plan.spec.dtype
         boxes = list(self._tiles(whole, APPLY_ELEMENTS, one))
         stops = np.cumsum([box.volume * itemsize for box in boxes]).tolist()
-        work = [(whole.part(box), target[stop - box.volume * itemsize : stop]) for box, stop in zip(boxes, stops, strict=True)]
+        work = [
+            (whole.part(box), target[stop - box.volume * itemsize : stop])
+            for box, stop in zip(boxes, stops, strict=True)
+        ]
         good = list(self._map(lambda item: method.write(item[0], constants, item[1], dtype), work))
         if self._plan.recipe.nan == "error" and not all(good):
             raise CheckpointError(
@@ -232,7 +235,9 @@ class Computer:
         one = filled.span.rows[row]
         assert one.plan.coefficients is not None
         weights = one.plan.coefficients.weights
-        means = {f.source: kernels.widen(filled.elements(row, i)) for i, f in enumerate(one.plan.feeds) if f.role == "mean"}
+        means = {
+            f.source: kernels.widen(filled.elements(row, i)) for i, f in enumerate(one.plan.feeds) if f.role == "mean"
+        }
         moment, mean = np.zeros(one.box.volume), np.zeros(one.box.volume)
         for i, feed in enumerate(one.plan.feeds):
             if feed.role == "x":
@@ -288,5 +293,3 @@ def _reset(row: Row, target: NDArray[np.uint8]) -> None:
     target[:] = 0
     if row.plan.spec.name.endswith("running_var"):
         kernels.narrow(np.ones(row.box.volume), row.plan.spec.dtype, target)
-
-

@@ -41,10 +41,14 @@ def limits_for(plan: MergePlan, memory_bytes: int | None, workers: int, options:
     fixed = _fixed_bytes(options)
     if memory_bytes is None:
         free = int(psutil.virtual_memory().available) // MEMORY_FRACTION // workers
-        return Limits(
-            span_bytes=SPAN_BYTES, unit_bytes=max(free, SPAN_BYTES), total_bytes=max(free, SPANS_AT_ONCE * SPAN_BYTES)
-        ) if _has_units(plan) else Limits(
-            span_bytes=SPAN_BYTES, unit_bytes=SPAN_BYTES, total_bytes=SPANS_AT_ONCE * SPAN_BYTES
+        return (
+            Limits(
+                span_bytes=SPAN_BYTES,
+                unit_bytes=max(free, SPAN_BYTES),
+                total_bytes=max(free, SPANS_AT_ONCE * SPAN_BYTES),
+            )
+            if _has_units(plan)
+            else Limits(span_bytes=SPAN_BYTES, unit_bytes=SPAN_BYTES, total_bytes=SPANS_AT_ONCE * SPAN_BYTES)
         )
     each = memory_bytes // workers - fixed
     if each < (SPANS_AT_ONCE + 1) * SPAN_BYTES_MIN:

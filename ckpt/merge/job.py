@@ -34,7 +34,14 @@ from ckpt.commit.find import contents, step_folders
 from ckpt.commit.receipts import read_record
 from ckpt.config import Options
 from ckpt.engine.reader import StoredCheckpoint
-from ckpt.errors import AlreadyExistsError, CheckpointError, DamagedError, InvalidInputError, MismatchError, NotFoundError
+from ckpt.errors import (
+    AlreadyExistsError,
+    CheckpointError,
+    DamagedError,
+    InvalidInputError,
+    MismatchError,
+    NotFoundError,
+)
 from ckpt.format import manifest, receipt
 from ckpt.merge import records
 from ckpt.merge.lineage import lineage_of
@@ -129,9 +136,7 @@ class Job:
 
     def leave_receipt(self, image: int, made: receipt.Receipt) -> None:
         """The record of one image that is durable."""
-        receipts_of.leave_receipt(
-            self.into, self.step, self.attempt, image, self.num_images, receipt.pack(made)
-        )
+        receipts_of.leave_receipt(self.into, self.step, self.attempt, image, self.num_images, receipt.pack(made))
 
     def drop_half_image(self, image: int) -> None:
         """Remove what a worker left that was killed in the middle of an image."""
@@ -172,7 +177,10 @@ class Job:
         newest = self.plan.opened.newest.reader
         stored = newest.manifest if isinstance(newest, StoredCheckpoint) else None
         assembled = Assembler(PROGRAM).assemble(
-            found, metadata={"merge": lineage_of(self.plan)}, metrics={}, layout=None if stored is None else stored.layout
+            found,
+            metadata={"merge": lineage_of(self.plan)},
+            metrics={},
+            layout=None if stored is None else stored.layout,
         )
         record = dataclasses.replace(
             assembled.manifest,
@@ -246,7 +254,8 @@ def find_unfinished(store: Store, step: int | None) -> Unfinished:
     if not found:
         where = f"step {step} of {store.url}" if step is not None else store.url
         raise NotFoundError(
-            f"no merge into {where} is to be gone on with: none was begun, or all are complete", kind="nothing-to-resume"
+            f"no merge into {where} is to be gone on with: none was begun, or all are complete",
+            kind="nothing-to-resume",
         )
     newest = max(found, key=lambda attempt: (attempt.modified_s, attempt.step, attempt.attempt))
     unfinished = read_unfinished(store, newest.step, newest.attempt)

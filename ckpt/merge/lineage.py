@@ -70,7 +70,11 @@ def lineage_of(plan: MergePlan) -> dict[str, Any]:
 def _action(plan: MergePlan, tensor: TensorPlan) -> dict[str, Any]:
     method = plan.bounds[tensor.bound].method if tensor.bound >= 0 else None
     coefficients = tensor.coefficients
-    feeds = [[f.source, f.spec.name if f.spec.name != tensor.spec.name else None] for f in tensor.feeds if f.role in ("x", "base")]
+    feeds = [
+        [f.source, f.spec.name if f.spec.name != tensor.spec.name else None]
+        for f in tensor.feeds
+        if f.role in ("x", "base")
+    ]
     masters = [f.source for f in tensor.feeds if f.role == "x" and tensor.entry.masters[f.source]]
     # What is read under another name is told by its slot: names in full would make an entry of every tensor.
     renamed = any(name is not None for source, name in feeds if source not in masters)

@@ -121,9 +121,7 @@ class Coefficients:
         """Weights over their sum. InvalidInputError (`zero-weights`) when that is not positive."""
         total = math.fsum([*weights, base])
         if not total > 0:
-            raise InvalidInputError(
-                f"the weights sum to {total:g}: there is nothing to divide by", kind="zero-weights"
-            )
+            raise InvalidInputError(f"the weights sum to {total:g}: there is nothing to divide by", kind="zero-weights")
         rest = math.fsum([*weights, base, -total])
         return Coefficients(weights=tuple(weights), base=base, divisor=total, divisor_rest=rest)
 

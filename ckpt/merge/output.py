@@ -70,9 +70,7 @@ class ImageWriter:
 class ImageOutput:
     """One image on its way. Used once, by one thread."""
 
-    def __init__(
-        self, image: ImagePlan, store: Store, key: str, worker: Worker, ring: _Ring, options: Options
-    ) -> None:
+    def __init__(self, image: ImagePlan, store: Store, key: str, worker: Worker, ring: _Ring, options: Options) -> None:
         self.image, self._worker, self._ring = image, worker, ring
         self._program = image.program(options)
         self._packer = image.packer(self._program, [one.payload() for one in image.objects], options)

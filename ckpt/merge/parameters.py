@@ -65,9 +65,7 @@ def _converted(hint: Any, node: Node, subject: str) -> Any:
     if origin is Literal:
         return node.choice(subject, [str(arg) for arg in get_args(hint)])
     if origin is tuple:
-        return tuple(
-            _converted(get_args(hint)[0], item, f"each of {subject}") for item in node.items(subject)
-        )
+        return tuple(_converted(get_args(hint)[0], item, f"each of {subject}") for item in node.items(subject))
     converters = {bool: node.flag, int: lambda s: node.whole(s, least=-(1 << 62)), float: node.number, str: node.text}
     if hint not in converters:
         raise AssertionError(f"{subject} has a type that recipes cannot give: {hint}")

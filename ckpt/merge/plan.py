@@ -22,7 +22,6 @@ from ckpt.format.spec import TensorSpec
 from ckpt.kernels.merge import is_float
 from ckpt.merge import parameters, registry
 from ckpt.merge.catalog import Catalog, Entry, match
-
 from ckpt.merge.images import ImagePlan, plan_images
 from ckpt.merge.method import Coefficients, Context, Elementwise, Linear, Method, Needs, Unit
 from ckpt.merge.objects import ResultObject, objects_of

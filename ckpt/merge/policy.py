@@ -19,7 +19,8 @@ from ckpt.merge.slots import COUNTERS, ROLE, is_master
 _LAST = r"(?:.*[./])?"
 # Scales and histories that FP8 training keeps; they belong to the codes beside them, and an average of them to none.
 _SCALES = re.compile(
-    _LAST + r"(?:amax_history\w*|scale_inv\w*|\w*_scale(?:_inv)?|_extra_state\w*|scaling_fwd\w*|scaling_bwd\w*)", re.DOTALL
+    _LAST + r"(?:amax_history\w*|scale_inv\w*|\w*_scale(?:_inv)?|_extra_state\w*|scaling_fwd\w*|scaling_bwd\w*)",
+    re.DOTALL,
 )
 # Tables that follow from the model's shape.
 _CONSTANTS = re.compile(
@@ -63,7 +64,9 @@ def decide(spec: TensorSpec, recipe: Recipe, names: frozenset[str]) -> Decision:
     running = _RUNNING.fullmatch(spec.name)
     if running is not None:
         return _of_running(running, recipe, names)
-    return Decision(policy="combine", why="a floating-point " + (spec.role if spec.role in ("param", "buffer") else "tensor"))
+    return Decision(
+        policy="combine", why="a floating-point " + (spec.role if spec.role in ("param", "buffer") else "tensor")
+    )
 
 
 def _rule_of(spec: TensorSpec, rules: Sequence[Rule]) -> Rule | None:

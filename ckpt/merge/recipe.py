@@ -56,7 +56,12 @@ class SourceSpec:
 
     @property
     def is_range(self) -> bool:
-        return isinstance(self.steps, (tuple, StepRange)) or self.last is not None or self.fraction is not None or self.every != 1
+        return (
+            isinstance(self.steps, (tuple, StepRange))
+            or self.last is not None
+            or self.fraction is not None
+            or self.every != 1
+        )
 
 
 @dataclass(frozen=True, kw_only=True)

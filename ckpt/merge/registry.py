@@ -53,7 +53,9 @@ def find(name: str) -> type[Method]:
     _load()
     if name not in _methods:
         raise InvalidInputError(
-            f"unknown merge method `{name}`", kind="unknown-method", hints=(nearest(name, known()), "ckpt merge --methods")
+            f"unknown merge method `{name}`",
+            kind="unknown-method",
+            hints=(nearest(name, known()), "ckpt merge --methods"),
         )
     return _methods[name]
 
@@ -108,7 +110,9 @@ def _add(name: str, cls: type[Method]) -> None:
 def _class_of(name: str, subject: Any, needs: Needs | None) -> type[Method]:
     if inspect.isclass(subject):
         if not issubclass(subject, (Linear, Elementwise)) or not dataclasses.is_dataclass(subject):
-            raise InvalidInputError(f"merge method `{name}` must be a dataclass made from Linear, Elementwise or Matrix")
+            raise InvalidInputError(
+                f"merge method `{name}` must be a dataclass made from Linear, Elementwise or Matrix"
+            )
         subject.name = name
         return subject
     if not callable(subject):
@@ -118,7 +122,9 @@ def _class_of(name: str, subject: Any, needs: Needs | None) -> type[Method]:
 
 def _from_function(name: str, function: Callable[..., Any], needs: Needs) -> type[Method]:
     if needs.passes:
-        raise InvalidInputError(f"merge method `{name}`: passes of statistics need a class with `observe` and `resolve`")
+        raise InvalidInputError(
+            f"merge method `{name}`: passes of statistics need a class with `observe` and `resolve`"
+        )
     hints = get_type_hints(function)
     arguments = [p for p in inspect.signature(function).parameters.values() if p.kind is p.KEYWORD_ONLY]
     fields: list[Any] = [

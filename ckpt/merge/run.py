@@ -17,12 +17,12 @@ import ckpt.commit.publish as publishing
 from ckpt.commit import names
 from ckpt.config import Options
 from ckpt.engine.read import Progress
-from ckpt.errors import CheckpointError, InvalidInputError, MismatchError, StoreError
+from ckpt.errors import CheckpointError, InvalidInputError, StoreError
 from ckpt.merge.estimate import limits_for
 from ckpt.merge.job import Job, Stage, Unfinished
 from ckpt.merge.plan import MergePlan, make_plan
 from ckpt.merge.recipe import Recipe, SourceSpec, StepRange, from_document
-from ckpt.merge.sources import OpenStore, Opened, open_sources
+from ckpt.merge.sources import Opened, OpenStore, open_sources
 from ckpt.merge.work import TaskList, Worker
 from ckpt.store.base import Store
 
@@ -138,7 +138,12 @@ def carry_out(job: Job, make_runner: MakeRunner | None = None, progress: Progres
 
 def _may_mend(error: CheckpointError) -> bool:
     """Whether the same merge may work later, so that what is done is worth keeping."""
-    return isinstance(error, StoreError) or error.kind in ("outcome-unknown", "worker-died", "failpoint", "rank-missing")
+    return isinstance(error, StoreError) or error.kind in (
+        "outcome-unknown",
+        "worker-died",
+        "failpoint",
+        "rank-missing",
+    )
 
 
 def resolved(recipe: Recipe, opened: Opened) -> dict[str, Any]:

@@ -13,7 +13,16 @@ from ckpt.format.spec import TensorSpec
 
 ROLE = "optim."
 # What optimizers call the fp32 copy of a parameter of lower precision: apex and Transformer Engine, Megatron, DeepSpeed, others.
-MASTER_SLOTS = ("master", "master_param", "master_weight", "main_param", "fp32", "fp32_param", "fp32_weight", "param_fp32")
+MASTER_SLOTS = (
+    "master",
+    "master_param",
+    "master_weight",
+    "main_param",
+    "fp32",
+    "fp32_param",
+    "fp32_weight",
+    "param_fp32",
+)
 SECOND_MOMENTS = ("exp_avg_sq", "max_exp_avg_sq", "v", "exp_avg_sq_row", "exp_avg_sq_col")
 COUNTERS = ("step", "steps", "t")
 

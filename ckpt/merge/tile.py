@@ -109,7 +109,10 @@ class Tile:
         slots: dict[str, tuple[Elements | None, ...]] = {}
         shapes: dict[str, tuple[tuple[int, ...], ...]] = {}
         for name, found in self.slot_elements.items():
-            cut = [shape == self.box.lengths and one is not None for one, shape in zip(found, self.slot_shapes[name], strict=True)]
+            cut = [
+                shape == self.box.lengths and one is not None
+                for one, shape in zip(found, self.slot_shapes[name], strict=True)
+            ]
             slots[name] = tuple(some(one) if c and one is not None else one for one, c in zip(found, cut, strict=True))
             shapes[name] = tuple(box.lengths if c else s for c, s in zip(cut, self.slot_shapes[name], strict=True))
         offsets = tuple(a + b for a, b in zip(self.box.offsets, box.offsets, strict=True))

@@ -46,9 +46,7 @@ class Weights(Linear):
         num = len(context.sources)
         if self.weights is not None and len(self.weights) != num:
             raise InvalidInputError(f"{len(self.weights)} weights are given for {num} sources", kind="wrong-number")
-        found = [
-            source.weight if self.weights is None else self.weights[source.place] for source in context.sources
-        ]
+        found = [source.weight if self.weights is None else self.weights[source.place] for source in context.sources]
         if self.normalize:
             return Coefficients.normalized(found)
         if not any(found):

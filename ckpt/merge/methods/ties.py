@@ -54,9 +54,7 @@ class Ties(Elementwise):
         bins = np.zeros((len(tile), 1 << bits), np.uint64)
         prefix = [-1] * len(tile) if number == 0 else constants["prefix"]
         shift = LOW_BITS if number == 0 else 0
-        kernels.histogram(
-            tile.raw(less_base=True), bins, shift=shift, bits=bits, prefix=prefix, threads=tile.threads
-        )
+        kernels.histogram(tile.raw(less_base=True), bins, shift=shift, bits=bits, prefix=prefix, threads=tile.threads)
         return Summary(sums={"bins": bins})
 
     def resolve(self, number: int, summary: Summary, constants: Constants, context: Context) -> Constants:

@@ -286,12 +286,19 @@ class PostHocEma(Linear):
         at = np.array([float(time or 0) for time in times])
         gamma = np.array([gamma_of(self.sigmas[source.place]) for source in context.sources])
         wanted = float(self.step) if self.step is not None else float(at.max())
-        matrix = np.array([[_overlap(ta, ga, tb, gb) for tb, gb in zip(at, gamma, strict=True)] for ta, ga in zip(at, gamma, strict=True)])
+        matrix = np.array(
+            [
+                [_overlap(ta, ga, tb, gb) for tb, gb in zip(at, gamma, strict=True)]
+                for ta, ga in zip(at, gamma, strict=True)
+            ]
+        )
         right = np.array([_overlap(ta, ga, wanted, gamma_of(self.sigma)) for ta, ga in zip(at, gamma, strict=True)])
         try:
             found = np.linalg.solve(matrix, right)
         except np.linalg.LinAlgError:
-            raise InvalidInputError("two sources are snapshots of one average at one step", kind="zero-weights") from None
+            raise InvalidInputError(
+                "two sources are snapshots of one average at one step", kind="zero-weights"
+            ) from None
         return tuple(float(x) for x in found)
 
 
