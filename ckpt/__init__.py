@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     from ckpt.format.objects import register_codec
     from ckpt.layout.box import Box
     from ckpt.layout.layout import Layout
-    from ckpt.merge.api import merge
+    from ckpt.merge.api import merge, plan_merge, resume_merge
     from ckpt.merge.registry import merge_method
     from ckpt.snapshot.fence import Attached, attach, fence
     from ckpt.state import FlatOptimizerState, FlatShard, annotate
@@ -72,6 +72,8 @@ _PLACES = {
     "register_codec": "ckpt.format.objects",
     "Box": "ckpt.layout.box",
     "Layout": "ckpt.layout.layout",
+    "plan_merge": "ckpt.merge.api",
+    "resume_merge": "ckpt.merge.api",
     "merge_method": "ckpt.merge.registry",
     "Attached": "ckpt.snapshot.fence",
     "attach": "ckpt.snapshot.fence",
@@ -123,7 +125,9 @@ __all__ = [
     "merge",
     "merge_method",
     "open",
+    "plan_merge",
     "register_codec",
+    "resume_merge",
     "save",
     "zarr_store",
 ]

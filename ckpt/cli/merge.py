@@ -35,7 +35,7 @@ _Function = TypeVar("_Function", bound=Callable[..., Any])
 _OPTIONS = (
     click.option("-o", "--output", metavar="URL[@STEP]", help="The run to write into; the step is the newest source's."),
     click.option("--method", metavar="NAME", help="How to merge; default: uniform. `--methods` lists them."),
-    click.option("--set", "parameters", multiple=True, metavar="KEY=VALUE", help="A parameter of the method; may be given often."),
+    click.option("--set", "parameters", multiple=True, metavar="KEY=VALUE", help="A parameter of the method; may be repeated."),
     click.option("--base", metavar="SOURCE", help="What changes are counted from, for methods that need it."),
     click.option("--weights", metavar="W,W,...", help="A weight for each source, in the order in which they are named."),
     click.option("--weight-by", metavar="METRIC", help="Weigh by a metric of the manifests, or by `step` (method mwa)."),
@@ -126,7 +126,7 @@ def _resume(printer: Printer, sources: Sequence[str], given: dict[str, Any], ask
     store = open_store(address.url, options=options)
     try:
         found = find_unfinished(store, step)
-        with planned(recipe_again(found.recipe), options) as plan:
+        with planned(recipe_again(found.recipe), options, image_bytes=found.image_bytes) as plan:
             workers = api.check_workers(plan, asked.workers or 1)
             job = again(found, plan, store, options)
             total = estimate(plan, job.limits, workers, options)

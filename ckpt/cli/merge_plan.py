@@ -127,13 +127,13 @@ def _become(plan: MergePlan, tensor: TensorPlan) -> str:
 
 def print_methods(printer: Printer) -> None:
     """All methods, with their parameters."""
-    found = []
+    found: list[dict[str, Any]] = []
     for name in registry.known():
         cls = registry.find(name)
         kind = "linear" if issubclass(cls, Linear) else "matrix" if issubclass(cls, Matrix) else "elementwise"
         about = (inspect.getdoc(cls) or "").split("\n\n")[0].replace("\n", " ")
-        options = [{"name": n, "type": t, "default": d} for n, t, d in parameters.described(cls)]
-        found.append({"name": name, "kind": kind, "about": about, "parameters": options})
+        taken = [{"name": n, "type": t, "default": d} for n, t, d in parameters.described(cls)]
+        found.append({"name": name, "kind": kind, "about": about, "parameters": taken})
     printer.document({"methods": found})
     columns = (
         Column(title="method"),
@@ -144,7 +144,7 @@ def print_methods(printer: Printer) -> None:
     )
     rows: list[tuple[str, ...]] = []
     for one in found:
-        options = one["parameters"] or [{"name": "-", "type": "", "default": ""}]
+        options: list[dict[str, str]] = one["parameters"] or [{"name": "-", "type": "", "default": ""}]
         for number, option in enumerate(options):
             head = (one["name"], one["kind"]) if number == 0 else ("", "")
             rows.append((*head, option["name"], option["type"], option["default"]))

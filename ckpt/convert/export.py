@@ -1,8 +1,8 @@
 """Write the model of a checkpoint as plain safetensors files, as Hugging Face lays them out.
 
 In: a stored checkpoint and a folder. Out: `model.safetensors`, or `model-00001-of-0000N.safetensors` with
-`model.safetensors.index.json`; and copies of small files of another model's folder (config, tokenizer). A local folder appears whole or
-not at all. Holds a few pieces of a tensor at a time; every byte that is read is verified.
+`model.safetensors.index.json`; and copies of small files of another model's folder (config, tokenizer). A local folder appears
+whole or not at all. Holds a few pieces of a tensor at a time; every byte that is read is verified.
 """
 
 from __future__ import annotations
@@ -78,7 +78,8 @@ def choose(
 
     Args:
         dtype: of all floating-point tensors; None: as they are.
-        rename: regular expressions over the names without the key, and what takes their place; the first that matches all of a name.
+        rename: regular expressions over the names without the key, and what takes their place; the first that matches all of a
+            name.
     """
     if dtype is not None and not kernels.is_float(dtype):
         raise InvalidInputError(f"`{dtype}` is no float dtype that an export can cast to", kind="bad-dtype")

@@ -1,7 +1,7 @@
 """The kernels of merging in plain NumPy: what the native ones are tested against, and what `CKPT_LOOPS=reference` runs.
 
-In: as ckpt.kernels.merge. Out: the same bits. Written to be read, not to be fast: dtypes of up to 16 bits go through a table of all
-their numbers. Never calls the native core.
+In: as ckpt.kernels.merge. Out: the same bits. Written to be read, not to be fast: dtypes of up to 16 bits go through a table
+of all their numbers. Never calls the native core.
 """
 
 from __future__ import annotations
@@ -40,9 +40,10 @@ def _sizes(dtype: int) -> Float64Array:
     _, mantissa, bias, top, _ = _SMALL[dtype]
     code = np.arange(top + 1)
     exponent, fraction = code >> mantissa, (code & ((1 << mantissa) - 1)) / (1 << mantissa)
-    return np.where(
+    out: Float64Array = np.where(
         exponent > 0, np.ldexp(1 + fraction, exponent - bias), np.ldexp(fraction, np.ones_like(exponent) - bias)
     )
+    return out
 
 
 def widen(data: NDArray[np.uint8], dtype: int) -> Float64Array:
@@ -69,7 +70,7 @@ def narrow(values: Float64Array, dtype: int) -> NDArray[np.uint8]:
         bits, _, _, top, unsigned_zero = _SMALL[dtype]
         size, sizes = np.abs(values), _sizes(dtype)
         middle = (sizes[:-1] + sizes[1:]) / 2
-        code = np.searchsorted(middle, size, "left")  # at a middle: the lower one
+        code: Any = np.searchsorted(middle, size, "left")  # at a middle: the lower one
         tie = (code < len(middle)) & (middle[np.minimum(code, len(middle) - 1)] == size) & (code % 2 == 1)
         code = np.where(tie, code + 1, code)
     nan = np.isnan(values)
@@ -78,14 +79,17 @@ def narrow(values: Float64Array, dtype: int) -> NDArray[np.uint8]:
         code = np.where(nan | (code >= top), 0x80, np.where(negative & (code > 0), code | 0x80, code))
     else:
         code = np.where(nan, _NAN_CODE[dtype], np.minimum(code, top)) | np.where(negative, 1 << (bits - 1), 0)
-    return code.astype(np.uint16 if bits == 16 else np.uint8).view(np.uint8)
+    out: NDArray[np.uint8] = code.astype(np.uint16 if bits == 16 else np.uint8).view(np.uint8)
+    return out
 
 
 def finite(data: NDArray[np.uint8], dtype: int) -> NDArray[np.bool_]:
+    """[N] whether each element is neither NaN nor infinite."""
     return np.isfinite(widen(data, dtype))
 
 
 def all_finite(data: NDArray[np.uint8], dtype: int) -> bool:
+    """Whether no element is NaN or infinite."""
     return bool(finite(data, dtype).all())
 
 
@@ -194,11 +198,13 @@ def _deltas(tile: Tile) -> list[Float64Array]:
 
 
 def magnitudes(values: Float64Array) -> NDArray[np.uint32]:
+    """[N] the bits of |value| rounded to float32."""
     with np.errstate(over="ignore", invalid="ignore"):
         return values.astype(np.float32).view(np.uint32) & np.uint32(0x7FFFFFFF)
 
 
 def histogram(tile: Tile, bins: NDArray[np.uint64], shift: int, bits: int, prefix: NDArray[np.int64]) -> None:
+    """As in ckpt.kernels.merge."""
     for s, values in enumerate(_deltas(tile)):
         size = magnitudes(values).astype(np.int64)
         chosen = size if prefix[s] < 0 else size[size >> (shift + bits) == prefix[s]]
@@ -222,12 +228,14 @@ def _ordered_total(values: Float64Array) -> float:
 
 
 def gram(tile: Tile) -> Float64Array:
+    """As in ckpt.kernels.merge."""
     values = _deltas(tile)
     with np.errstate(over="ignore", invalid="ignore"):
         return np.array([[_ordered_total(x * y) for y in values] for x in values]).reshape(len(values), len(values))
 
 
 def moments(tile: Tile) -> Float64Array:
+    """As in ckpt.kernels.merge."""
     rows = []
     for x in _deltas(tile):
         with np.errstate(over="ignore", invalid="ignore"):
@@ -237,6 +245,7 @@ def moments(tile: Tile) -> Float64Array:
 
 
 def ties(tile: Tile, rule: TiesRule, target: NDArray[np.uint8] | None, dtype: FloatDtype) -> tuple[int, bool]:
+    """(sum of signs, without a target; whether all that was written is finite)."""
     assert tile.base is not None
     base = widen(tile.base.data, tile.base.kind)
     weights = rule.weight.tolist()
@@ -262,6 +271,7 @@ def ties(tile: Tile, rule: TiesRule, target: NDArray[np.uint8] | None, dtype: Fl
 
 
 def uniform(key: int, first: int, out: Float64Array) -> None:
+    """As in ckpt.kernels.merge."""
     number = np.arange(len(out), dtype=np.uint64) + np.uint64(first)
     counter, lane = number // np.uint64(4), (number % np.uint64(4)).astype(np.int64)
     low = np.uint64(0xFFFFFFFF)

@@ -18,19 +18,5 @@ class _Callable(types.ModuleType):
 
         return merge(*args, **kwargs)
 
-    @property
-    def plan(self) -> Any:
-        """See `ckpt.merge.api.plan`."""
-        from ckpt.merge import api
-
-        return api.plan
-
-    @property
-    def resume(self) -> Any:
-        """See `ckpt.merge.api.resume`."""
-        from ckpt.merge import api
-
-        return api.resume
-
 
 sys.modules[__name__].__class__ = _Callable

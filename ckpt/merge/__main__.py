@@ -1,7 +1,7 @@
 """`python -m ckpt.merge`: a worker process of a merge, started by processes.py. People use `ckpt merge`.
 
-In: lines of JSON on standard input: first the job, then `{"stage": N}`, `{"task": N}`, `{"over": true}`, `{"end": true}`. Out: lines of
-JSON on standard output: tasks done, bytes read, or one error. Ends at once when its parent is gone.
+In: lines of JSON on standard input: first the job, then `{"stage": N}`, `{"task": N}`, `{"over": true}`, `{"end": true}`. Out:
+lines of JSON on standard output: tasks done, bytes read, or one error. Ends at once when its parent is gone.
 """
 
 from __future__ import annotations
@@ -67,7 +67,8 @@ def _work(lines: queue.SimpleQueue[dict[str, Any]]) -> None:
     opened = open_sources(
         recipe.sources, recipe.base, options, lambda url: open_store(url, options=options, storage_options=storage)
     )
-    job = Job(make_plan(opened, recipe), store, found.attempt, found.limits, options)
+    plan = make_plan(opened, recipe, image_bytes=found.image_bytes)
+    job = Job(plan, store, found.attempt, found.limits, options)
     job.check(found)
     worker = Worker(job, lambda nbytes: _say({"nbytes": nbytes}))
     try:

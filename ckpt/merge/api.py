@@ -1,4 +1,4 @@
-"""The Python face of merging: `ckpt.merge(...)`, `ckpt.merge.plan`, `ckpt.merge.resume`.
+"""The Python face of merging: `ckpt.merge`, `ckpt.plan_merge`, `ckpt.resume_merge`.
 
 In: addresses, a method, options. Out: `Merged`, or a plan. One process calls; no process group, no torch.
 """
@@ -56,8 +56,8 @@ def merge(
     """Merge checkpoints into the run `into`, as one new checkpoint that appears when all of it is durable.
 
     Args:
-        sources: `URL@A..B`, `URL@STEP`, `URL`, a folder of safetensors files, or a list of these or of mappings as in a recipe; or
-            the path of a recipe (`.yaml`), which then says everything that is not given here.
+        sources: `URL@A..B`, `URL@STEP`, `URL`, a folder of safetensors files, or a list of these or of mappings as in a
+            recipe; or the path of a recipe (`.yaml`), which then says everything that is not given here.
         method: the name of a method, a function or class as `ckpt.merge_method` takes it; `parameters` go to it.
         base: what changes are counted from, for methods that need it.
         step: of the result; the newest source's when None.
@@ -73,21 +73,21 @@ def merge(
         InvalidInputError: a recipe, method or selection that cannot be; nothing was read or written.
         MismatchError: sources that differ; lists every difference. Nothing was read or written.
         AlreadyExistsError: `into` has this step.
-        CheckpointError: `not-finite`: an element of a source, or of the result, is NaN or infinite. What was written is taken back.
+        CheckpointError: `not-finite`: an element of a source or of the result is NaN or infinite; nothing is left behind.
     """
-    recipe = _recipe(sources, method, parameters, weights, base, into, step)
-    recipe = _changed(recipe, rules, optimizer, dtype, nan, seed, intersect, memory, workers)
+    document = _document(sources, method, parameters, weights, base, into, step)
+    recipe = _changed(document, rules, optimizer, dtype, nan, seed, intersect, memory, workers)
     if recipe.output is None:
         raise InvalidInputError("say where the result goes: `into`", kind="no-output")
     chosen = config.from_environment(options)
-    with _opened(recipe.output, chosen, storage_options) as store, plan(recipe, options, storage_options) as made:
+    with _opened(recipe.output, chosen, storage_options) as store, plan_merge(recipe, options, storage_options) as made:
         num = check_workers(made, recipe.workers or 1)
         job = begin(made, store, chosen, workers=num)
         return carry_out(job, runner_of(num, storage_options), progress)
 
 
 @contextmanager
-def plan(
+def plan_merge(
     recipe: Recipe | Mapping[str, Any] | Url,
     options: Options | None = None,
     storage_options: Mapping[str, Any] | None = None,
@@ -95,11 +95,11 @@ def plan(
     """The plan of a recipe (a path, plain data, or parsed), good inside the `with`. Reads indexes only."""
     chosen = config.from_environment(options)
     parsed = recipe if isinstance(recipe, Recipe) else read_recipe(recipe)
-    with planned(parsed, chosen, _open_at(chosen, storage_options)) as made:
+    with planned(parsed, chosen, open_at(chosen, storage_options)) as made:
         yield made
 
 
-def resume(
+def resume_merge(
     into: Url,
     *,
     step: int | None = None,
@@ -115,7 +115,8 @@ def resume(
     chosen = config.from_environment(options)
     with _opened(into, chosen, storage_options) as store:
         found = find_unfinished(store, step)
-        with plan(recipe_again(found.recipe), options, storage_options) as made:
+        again_of = recipe_again(found.recipe)
+        with planned(again_of, chosen, open_at(chosen, storage_options), image_bytes=found.image_bytes) as made:
             job = again(found, made, store, chosen)
             return carry_out(job, runner_of(check_workers(made, workers), storage_options), progress)
 
@@ -147,7 +148,7 @@ def runner_of(workers: int, storage_options: Mapping[str, Any] | None) -> MakeRu
     return make
 
 
-def _recipe(
+def _document(
     sources: SourceLike | Sequence[SourceLike],
     method: str | Callable[..., Any] | type[Method],
     parameters: Mapping[str, Any],
@@ -157,14 +158,17 @@ def _recipe(
     step: int | None,
 ) -> dict[str, Any]:
     """The recipe as plain data, so far."""
-    several = list(sources) if isinstance(sources, (list, tuple)) else [sources]
+    several: list[SourceLike] = [sources] if isinstance(sources, (str, os.PathLike, Mapping)) else list(sources)
     if len(several) == 1 and is_recipe(several[0]):
-        document = dict(read_recipe(os.fspath(several[0])).document)
+        document = dict(read_recipe(several[0]).document)
     else:
         document = {"recipe": 1, "sources": [_source(one) for one in several]}
         document["combine"] = {"method": _name_of(method), **parameters}
     if weights is not None:
-        document["combine"] = {"method": "weights", **document.get("combine", {}), "weights": list(weights)}
+        combine = document.get("combine") or {"method": document.pop("method", "uniform")}
+        if combine["method"] == "uniform":
+            combine = {"method": "weights"}
+        document["combine"] = {**combine, "weights": list(weights)}
     if base is not None:
         document["base"] = _source(base)
     output = dict(document.get("output") or {})
@@ -229,7 +233,8 @@ def check_workers(made: MergePlan, workers: int) -> int:
     return workers
 
 
-def _open_at(options: Options, storage_options: Mapping[str, Any] | None) -> Callable[[str], Store]:
+def open_at(options: Options, storage_options: Mapping[str, Any] | None) -> Callable[[str], Store]:
+    """How sources are opened."""
     return functools.partial(open_store, options=options, storage_options=storage_options)
 
 

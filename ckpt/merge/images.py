@@ -12,7 +12,7 @@ from functools import cached_property
 
 import numpy as np
 
-from ckpt.config import MERGE_FRAGMENT_ELEMENTS, MERGE_IMAGE_BYTES, MERGE_IMAGES_MAX, Options
+from ckpt.config import MERGE_FRAGMENT_ELEMENTS, MERGE_IMAGES_MAX, Options
 from ckpt.format.image import ImageLayout, lay_out, object_key
 from ckpt.format.spec import PieceTable, TensorSpec
 from ckpt.layout.box import Box, BoxTable
@@ -67,16 +67,22 @@ class ImagePlan:
 
 
 def plan_images(
-    specs: Sequence[TensorSpec], units: Sequence[Unit], objects: Sequence[ResultObject], block_bytes: int
+    specs: Sequence[TensorSpec],
+    units: Sequence[Unit],
+    objects: Sequence[ResultObject],
+    *,
+    block_bytes: int,
+    image_bytes: int,
 ) -> list[ImagePlan]:
     """Deal out the fragments of all tensors, in file order, to images of about equal size; objects go into the first.
 
     Args:
         specs: sorted by name.
         units: what may not be cut, of each tensor.
+        image_bytes: of one image, about.
     """
     total = sum(spec.nbytes for spec in specs)
-    target = max(MERGE_IMAGE_BYTES, -(-total // MERGE_IMAGES_MAX))
+    target = max(image_bytes, -(-total // MERGE_IMAGES_MAX))
     order = sorted(range(len(specs)), key=lambda i: (-specs[i].itemsize, i))
     groups: list[list[tuple[int, Box]]] = [[]]
     held = 0

@@ -1,7 +1,7 @@
 """One merge on its way, as it stands in the store: which tasks there are, which are done, and how it becomes a checkpoint.
 
-In: a plan, the store of the result, an attempt. Out: records of tasks, and at the end a published checkpoint. The store is all that
-workers share:
+In: a plan, the store of the result, an attempt. Out: records of tasks, and at the end a published checkpoint. The store is all
+that workers share:
 
     step-N/<attempt>/merge/plan.json                    the recipe, and what the bytes depend on; written first
     step-N/<attempt>/merge/pass-1/00003-of-00128.sums   what a pass found in the fragments of an image
@@ -153,6 +153,7 @@ class Job:
             "digest": self.plan.digest,
             "num_images": self.num_images,
             "limits": dataclasses.asdict(self.limits),
+            "image_bytes": self.plan.image_bytes,
             "owner": owner(),
         }
         self.into.put(plan_key(self.step, self.attempt), json.dumps(document, indent=1).encode())
@@ -236,6 +237,7 @@ class Unfinished:
     recipe: dict[str, Any]
     digest: str
     limits: Limits
+    image_bytes: int
     owner: Mapping[str, Any]
 
 
@@ -269,23 +271,32 @@ def find_unfinished(store: Store, step: int | None) -> Unfinished:
 
 def read_unfinished(store: Store, step: int, attempt: str) -> Unfinished:
     """The record of a merge on its way."""
-    key = plan_key(step, attempt)
-    record = read_record(store.read(key))
+    store_key = plan_key(step, attempt)
+    record = read_record(store.read(store_key))
     if record.get("version") != VERSION:
         raise InvalidInputError(
-            f"`{key}` is of version {record.get('version')}, expected {VERSION}: another program began this merge"
+            f"`{store_key}` is of version {record.get('version')}, expected {VERSION}: another program began this merge"
         )
-    recipe, limits, who = record.get("recipe"), record.get("limits"), record.get("owner")
-    if not isinstance(recipe, dict) or not isinstance(limits, dict) or not isinstance(who, dict):
-        raise DamagedError(f"`{key}` is damaged")
+    recipe, limits, who = (_mapping(record, key, name=store_key) for key in ("recipe", "limits", "owner"))
+    image_bytes = record.get("image_bytes")
+    if not isinstance(image_bytes, int):
+        raise DamagedError(f"`{store_key}` is damaged")
     return Unfinished(
         step=step,
         attempt=attempt,
         recipe=recipe,
         digest=str(record.get("digest")),
         limits=Limits(**limits),
+        image_bytes=image_bytes,
         owner=who,
     )
+
+
+def _mapping(record: Mapping[str, Any], key: str, *, name: str) -> dict[str, Any]:
+    value = record.get(key)
+    if not isinstance(value, dict):
+        raise DamagedError(f"`{name}` is damaged: it has no `{key}`")
+    return value
 
 
 def _is_alive(who: Mapping[str, Any]) -> bool:

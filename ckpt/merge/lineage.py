@@ -1,11 +1,12 @@
 """Where every tensor of a merged checkpoint came from: the record in its manifest, and what that record says of one tensor.
 
-In: a plan; or a manifest and the names of its tensors. Out: JSON values; or one `Origin` per tensor. Pure. The record is described
-in docs/reference/recipe.md ("Lineage").
+In: a plan; or a manifest and the names of its tensors. Out: JSON values; or one `Origin` per tensor. Pure. The record is
+described in docs/reference/recipe.md ("Lineage").
 """
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -43,14 +44,11 @@ class Origin:
 
 
 def lineage_of(plan: MergePlan) -> dict[str, Any]:
-    """The record. Tensors of one kind share an entry of `actions`; `of` says which, tensor by tensor in the order of the index."""
-    actions: list[dict[str, Any]] = []
+    """The record. Tensors of one kind share an entry of `actions`; `of` says which, run by run in the order of the index."""
+    actions: dict[str, int] = {}  # as JSON, by number
     runs: list[list[int]] = []
     for tensor in plan.tensors:
-        action = _action(plan, tensor)
-        if action not in actions:
-            actions.append(action)
-        number = actions.index(action)
+        number = actions.setdefault(json.dumps(_action(plan, tensor)), len(actions))
         if runs and runs[-1][0] == number:
             runs[-1][1] += 1
         else:
@@ -61,32 +59,27 @@ def lineage_of(plan: MergePlan) -> dict[str, Any]:
         "recipe": dict(plan.recipe.document),
         "sources": [source.record() for source in plan.opened.sources],
         "base": None if plan.opened.base is None else plan.opened.base.record(),
-        "actions": actions,
+        "actions": [json.loads(action) for action in actions],
         "of": runs,
         "dropped": len(plan.catalog.dropped),
     }
 
 
 def _action(plan: MergePlan, tensor: TensorPlan) -> dict[str, Any]:
+    feeds = [feed for feed in tensor.feeds if feed.role in ("x", "base")]
+    masters = [feed.source for feed in feeds if feed.role == "x" and tensor.entry.masters[feed.source]]
+    # A master copy is told by the word: names in full would make an entry of every tensor.
+    names = [None if f.source in masters or f.spec.name == tensor.spec.name else f.spec.name for f in feeds]
     method = plan.bounds[tensor.bound].method if tensor.bound >= 0 else None
-    coefficients = tensor.coefficients
-    feeds = [
-        [f.source, f.spec.name if f.spec.name != tensor.spec.name else None]
-        for f in tensor.feeds
-        if f.role in ("x", "base")
-    ]
-    masters = [f.source for f in tensor.feeds if f.role == "x" and tensor.entry.masters[f.source]]
-    # What is read under another name is told by its slot: names in full would make an entry of every tensor.
-    renamed = any(name is not None for source, name in feeds if source not in masters)
     return {
         "policy": tensor.entry.decision.policy,
         "why": tensor.entry.decision.why,
-        "method": "mean" if method is None and coefficients is not None else None if method is None else method.name,
+        "method": method.name if method is not None else {"pool": "pooled", "linear": "mean"}.get(tensor.kind),
         "parameters": {} if method is None else parameters.plain(method),
-        "sources": [source for source, _ in feeds],
-        "weights": None if coefficients is None else [_weight(tensor, source) for source, _ in feeds],
+        "sources": [feed.source for feed in feeds],
+        "weights": None if tensor.coefficients is None else [_weight(tensor, feed.source) for feed in feeds],
         "masters": masters,
-        **({"names": [name for _, name in feeds]} if renamed else {}),
+        **({"names": names} if any(names) else {}),
     }
 
 

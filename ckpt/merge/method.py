@@ -1,7 +1,7 @@
 """What a merge method is: its parameters, what it needs, and what it does with the arrays that it is given.
 
-In: nothing. Out: the classes that methods are made of. A method is a frozen dataclass whose fields are its parameters; it is pure:
-it sees arrays and records, never a file, and its result may depend on nothing else.
+In: nothing. Out: the classes that methods are made of. A method is a frozen dataclass whose fields are its parameters; it is
+pure: it sees arrays and records, never a file, and its result may depend on nothing else.
 
     Linear       one coefficient per source (and for the base), which may differ by tensor; the core does all the rest
     Elementwise  a function of the tile's arrays and of constants that passes of statistics made

@@ -1,8 +1,8 @@
 """Write the images of the result, front to back, while later parts of them are made.
 
-In: the bytes of the fragments of an image, in order. Out: a durable object, and the receipt for the index. Whole chunks are summed
-and handed to a thread that writes them, out of a fixed number of buffers; the same thread makes an image durable while the next one
-is filled. Never shows a half-written image to a reader: nothing names it.
+In: the bytes of the fragments of an image, in order. Out: a durable object, and the receipt for the index. Whole chunks are
+summed and handed to a thread that writes them, out of a fixed number of buffers; the same thread makes an image durable while
+the next one is filled. Never shows a half-written image to a reader: nothing names it.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """The plan of a merge: everything that will be read, computed and written, decided before a byte of a tensor is read.
 
-In: opened sources and a recipe. Out: `MergePlan`. Reads indexes only, and changes nothing. Every process that makes the plan of one
-recipe makes the same one: `digest` says so.
+In: opened sources and a recipe. Out: `MergePlan`. Reads indexes only, and changes nothing. Every process that makes the plan
+of one recipe makes the same one: `digest` says so.
 """
 
 from __future__ import annotations
@@ -103,6 +103,7 @@ class MergePlan:
     step: int
     world: int
     block_bytes: int
+    image_bytes: int
     notes: tuple[str, ...] = field(default=())  # what a user should know
 
     @property
@@ -159,8 +160,11 @@ def _digested(plan: TensorPlan, bounds: Sequence[Bound]) -> list[Any]:
     ]
 
 
-def make_plan(opened: Opened, recipe: Recipe) -> MergePlan:
+def make_plan(opened: Opened, recipe: Recipe, *, image_bytes: int) -> MergePlan:
     """Decide everything.
+
+    Args:
+        image_bytes: of one image of the result, about.
 
     Raises:
         InvalidInputError: an unknown method or parameter, a method that these sources cannot serve, weights that sum to zero,
@@ -181,7 +185,12 @@ def make_plan(opened: Opened, recipe: Recipe) -> MergePlan:
         catalog=catalog,
         bounds=tuple(binder.bounds),
         tensors=tensors,
-        images=tuple(plan_images([plan.spec for plan in tensors], units, objects, block_bytes)),
+        images=tuple(
+            plan_images(
+                [plan.spec for plan in tensors], units, objects, block_bytes=block_bytes, image_bytes=image_bytes
+            )
+        ),
+        image_bytes=image_bytes,
         objects=tuple(objects),
         step=recipe.step if recipe.step is not None else max((s.step or 0 for s in opened.sources), default=0),
         world=newest.manifest.world if isinstance(newest, StoredCheckpoint) else 1,

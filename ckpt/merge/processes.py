@@ -1,8 +1,8 @@
 """Do the tasks of a merge in worker processes of this machine.
 
-In: a job. Out: its tasks, done. A worker is `python -m ckpt.merge`: it reads its job from the store, gets the numbers of tasks on its
-standard input, one of them ahead, and says on its standard output which are done; JSON, a line each. A worker whose parent is gone
-ends itself. The first failure ends all.
+In: a job. Out: its tasks, done. A worker is `python -m ckpt.merge`: it reads its job from the store, gets the numbers of tasks
+on its standard input, one of them ahead, and says on its standard output which are done; JSON, a line each. A worker whose
+parent is gone ends itself. The first failure ends all.
 """
 
 from __future__ import annotations

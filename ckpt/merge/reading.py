@@ -1,7 +1,8 @@
 """Read the pieces of spans into memory, some spans ahead of the one that is computed.
 
-In: spans of one image. Out: `Filled` spans in their order: every piece of every feed, verified, in the memory of an arena. Holds no
-more arenas than the limit allows (one in any case), and uses them again: a first touch of memory costs several times a reuse.
+In: spans of one image. Out: `Filled` spans in their order: every piece of every feed, verified, in the memory of an arena.
+Holds no more arenas than the limit allows (one in any case), and uses them again: a first touch of memory costs several times
+a reuse.
 """
 
 from __future__ import annotations

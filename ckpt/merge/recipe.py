@@ -153,7 +153,7 @@ def recipe_of(root: Node) -> Recipe:
         rules=tuple(_rule(node) for node in entries["rules"].items("`rules`")) if "rules" in entries else (),
         state=_state(entries),
         dtype=_get(numerics, "dtype", _dtype, None),
-        nan=_get(numerics, "nan", lambda n: n.choice("`nan`", ("error", "propagate")), "error"),  # type: ignore[arg-type]
+        nan=_get(numerics, "nan", _nan, "error"),
         seed=_get(random, "seed", lambda n: n.whole("`seed`"), 0),
         intersect=_get(entries, "intersect", lambda n: n.flag("`intersect`"), False),
         memory_bytes=_get(limits, "memory", size_of, None),
@@ -175,6 +175,10 @@ def _get(entries: Mapping[str, Node], key: str, read: Callable[[Node], T], other
 
 def _part(entries: Mapping[str, Node], key: str, known: Sequence[str]) -> dict[str, Node]:
     return entries[key].mapping(f"`{key}`", known) if key in entries else {}
+
+
+def _nan(node: Node) -> Literal["error", "propagate"]:
+    return "error" if node.choice("`nan`", ("error", "propagate")) == "error" else "propagate"
 
 
 def _dtype(node: Node) -> str | None:

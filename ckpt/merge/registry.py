@@ -1,7 +1,7 @@
 """Which merge methods there are, by name: those of ckpt/merge/methods/, those that other packages bring, those of this program.
 
-In: classes and functions. Out: classes of methods. Packages bring theirs by an entry point of the group `ckpt.merge_methods`, whose
-name is the method's and whose value is a class or a function as `merge_method` takes it. Never merges anything.
+In: classes and functions. Out: classes of methods. Packages bring theirs by an entry point of the group `ckpt.merge_methods`,
+whose name is the method's and whose value is a class or a function as `merge_method` takes it. Never merges anything.
 """
 
 from __future__ import annotations
@@ -34,9 +34,9 @@ _loaded = False
 def merge_method(name: str, *, needs: Needs | None = None) -> Callable[[_Subject], _Subject]:
     """Register a method under a name: a subclass of Linear, Elementwise or Matrix, or a plain function.
 
-    A function `f(arrays, weights, **parameters)` is an elementwise method: `arrays` is a list of fp64 arrays of one shape, one per
-    source (deltas to the base where `needs` asks for a base), `weights` their weights; it returns an array of that shape (a delta
-    that is added to the base, with a base). Its keyword-only arguments, annotated, are parameters of recipes.
+    A function `f(arrays, weights, **parameters)` is an elementwise method: `arrays` is a list of fp64 arrays of one shape, one
+    per source (deltas to the base where `needs` asks for a base), `weights` their weights; it returns an array of that shape
+    (a delta that is added to the base, with a base). Its keyword-only arguments, annotated, are parameters of recipes.
 
     A name that is taken by another method is refused (`taken`); the same one may be registered again.
     """

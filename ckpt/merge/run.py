@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -78,11 +78,18 @@ class MakeRunner(Protocol):
 
 
 @contextlib.contextmanager
-def planned(recipe: Recipe, options: Options, open_at: OpenStore | None = None) -> Any:
-    """Open the sources of a recipe and plan; closed at the end."""
+def planned(
+    recipe: Recipe, options: Options, open_at: OpenStore | None = None, *, image_bytes: int | None = None
+) -> Iterator[MergePlan]:
+    """Open the sources of a recipe and plan; closed at the end.
+
+    Args:
+        image_bytes: of a merge that is gone on with.
+    """
     opened = open_sources(recipe.sources, recipe.base, options, open_at)
     try:
-        yield make_plan(opened, dataclasses.replace(recipe, document=resolved(recipe, opened)))
+        whole = dataclasses.replace(recipe, document=resolved(recipe, opened))
+        yield make_plan(opened, whole, image_bytes=image_bytes or options.merge_image_bytes)
     finally:
         opened.close()
 

@@ -1,4 +1,4 @@
-"""The sources of a merge, opened: which checkpoints and folders they are, what their tensors are called, in which order they count.
+"""The sources of a merge, opened: which checkpoints and folders they are, what their tensors are called, how they are ordered.
 
 In: the sources of a recipe. Out: `Source` records in canonical order (step, digest, URL), each with a reader. Reads manifests,
 indexes and headers, no data. One owner closes all with `close`.
@@ -234,21 +234,27 @@ class _Opener:
     def open(self, spec: SourceSpec, place: int) -> Source:
         folder, file = _as_file(spec.url)
         store = self._store(folder)
-        common = {"url": spec.url, "weight": spec.weight, "place": place, "key": spec.key, "rename": spec.rename}
+        common: dict[str, Any] = {
+            "url": spec.url,
+            "weight": spec.weight,
+            "place": place,
+            "key": spec.key,
+            "rename": spec.rename,
+        }
         if spec.steps is None:
-            place_key = (spec.url, None, spec.key)
-            if place_key not in self._readers:
+            which: tuple[str, int | None, str] = (spec.url, None, spec.key)
+            if which not in self._readers:
                 files = None if file is None else [file]
-                self._readers[place_key] = SafetensorsFolder(store, self._options, files=files, key=spec.key)
-            reader: Any = self._readers[place_key]
+                self._readers[which] = SafetensorsFolder(store, self._options, files=files, key=spec.key)
+            reader: Any = self._readers[which]
             return Source(
                 **common, step=spec.step, attempt="", digest=reader.digest, metrics={}, reader=reader, is_folder=True
             )
         assert isinstance(spec.steps, int)
-        place_key = (spec.url, spec.steps, "")
-        if place_key not in self._readers:
-            self._readers[place_key] = StoredCheckpoint(store, spec.steps, self._options)
-        reader = self._readers[place_key]
+        which = (spec.url, spec.steps, "")
+        if which not in self._readers:
+            self._readers[which] = StoredCheckpoint(store, spec.steps, self._options)
+        reader = self._readers[which]
         manifest = reader.manifest
         return Source(
             **common,

@@ -1,7 +1,7 @@
 """Cut the work on one image into spans: runs of its bytes that are read, computed and written at a time.
 
-In: a plan, an image, a memory limit. Out: spans, in the order of the image's bytes, each with all that is read for it. Pure. Where
-a span begins changes no bit of the result.
+In: a plan, an image, a memory limit. Out: spans, in the order of the image's bytes, each with all that is read for it. Pure.
+Where a span begins changes no bit of the result.
 """
 
 from __future__ import annotations
@@ -70,6 +70,7 @@ class Span:
 
 
 def aligned(nbytes: int) -> int:
+    """Rounded up to where the next piece may begin."""
     return -(-nbytes // ALIGN_BYTES) * ALIGN_BYTES
 
 

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 
 from ckpt.errors import InvalidInputError
 from ckpt.kernels import choice, merge, merge_reference
-from ckpt.kernels.merge import Elements, FloatDtype, MixParts, Tile, TiesMode, TiesRule
+from ckpt.kernels.merge import Elements, FloatDtype, MixParts, TiesMode, TiesRule, Tile
 
 DTYPES = list(FloatDtype.__members__)
 SMALL = [name for name in DTYPES if FloatDtype[name].itemsize <= 2]

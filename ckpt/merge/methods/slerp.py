@@ -50,7 +50,8 @@ class Slerp(Elementwise):
 
     def apply(self, tile: Tile, constants: Constants) -> Float64Array:
         first, second = constants["weights"]
-        return first * tile.array(constants["older"]) + second * tile.array(constants["newer"])
+        out: Float64Array = first * tile.array(constants["older"]) + second * tile.array(constants["newer"])
+        return out
 
 
 def slerp_weights(gram: Any, older: int, newer: int, t: float) -> tuple[float, float]:

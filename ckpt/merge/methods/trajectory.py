@@ -1,5 +1,5 @@
-"""Weighted sums along a training run: exponential averages, schedules that stand for a decay of the learning rate, windows, weights by
-a metric.
+"""Weighted sums along a training run: exponential averages, schedules that stand for a decay of the learning rate, windows, and
+weights by a metric.
 
 In: records of sources. Out: coefficients. Formulas, defaults and sources of each: docs/explanation/merging.md.
 """
@@ -74,22 +74,23 @@ class Ema(_Trajectory):
             raise InvalidInputError(f"`decay` must be 0 to 1, found {self.decay}")
         if self.half_life is not None and self.half_life <= 0:
             raise InvalidInputError(f"`half_life` must be positive, found {self.half_life}")
+        if self.zero_start and self.decay is None:
+            raise InvalidInputError("`zero_start` needs `decay`: there is no gap before the oldest source")
         if (self.inv_gamma is None) != (self.power is None) or (self.inv_gamma is not None and self.inv_gamma <= 0):
             raise InvalidInputError("a warm-up needs both `inv_gamma` (positive) and `power`")
 
     def along(self, context: Context, numbers: Sequence[int]) -> list[float]:
         weights: list[float] = []
-        for t, number in enumerate(numbers):
+        for t in range(len(numbers)):
             decay = 0.0 if t == 0 and not self.zero_start else self._decay(context, numbers, t)
             weights = [weight * decay for weight in weights] + [1.0 - decay if t or self.zero_start else 1.0]
-            del number
         return weights
 
     def _decay(self, context: Context, numbers: Sequence[int], t: int) -> float:
         decay = self._steady(context, numbers, t)
         if self.inv_gamma is None or self.power is None:
             return decay
-        return min(decay, max(0.0, 1.0 - (1.0 + t / self.inv_gamma) ** -self.power))
+        return min(decay, max(0.0, 1.0 - math.pow(1.0 + t / self.inv_gamma, -self.power)))
 
     def _steady(self, context: Context, numbers: Sequence[int], t: int) -> float:
         if self.decay is not None:
@@ -201,8 +202,8 @@ class Mwa(Linear):
     Args:
         by: a metric of the manifests, or `step`.
         best: which values of it are good; `min` unless it is the step.
-        kernel: with m the metric, p the penalty: `minmax`: 1 - p (m - best) / (worst - best); `power`: m ** -p, or m ** p where the
-            greatest is best; `exp`: exp(-p z), z standardised and low where good; `rank`: exp(-p rank), 0 the best.
+        kernel: with m the metric, p the penalty: `minmax`: 1 - p (m - best) / (worst - best); `power`: m ** -p, or m ** p
+            where the greatest is best; `exp`: exp(-p z), z standardised and low where good; `rank`: exp(-p rank), 0 the best.
         penalty: 0 is the mean; with `minmax` 1 drops the worst.
     """
 
@@ -258,7 +259,8 @@ class Mwa(Linear):
 class PostHocEma(Linear):
     """Another width of an exponential average, made afterwards out of snapshots of power-function averages (Karras et al.).
 
-    Every source is a snapshot of an average of relative width `sigmas[i]` (in the order in which the sources are named) at its step.
+    Every source is a snapshot of an average of relative width `sigmas[i]` (in the order in which the sources are named) at its
+    step.
 
     Args:
         sigma: the width that is wanted, 0 to 0.28.

@@ -46,18 +46,19 @@ class TsvM(Matrix):
         left, middle, right = [], [], []
         for source in range(len(tile)):  # one at a time: only the factors stay
             u, s, v = np.linalg.svd(tile.delta(source), full_matrices=False)
-            left.append(u[:, :kept])
+            left.append(u[:, :kept].copy())
             middle.append(s[:kept])
-            right.append(v[:kept])
-        merged = (_polar(np.concatenate(left, axis=1)) * np.concatenate(middle)) @ _polar(np.concatenate(right, axis=0))
-        return tile.base + self.scale * merged
+            right.append(v[:kept].copy())
+        u, v = _polar(np.concatenate(left, axis=1)), _polar(np.concatenate(right, axis=0))
+        out: Float64Array = tile.base + self.scale * ((u * np.concatenate(middle)) @ v)
+        return out
 
     def _kept(self, rank: int, num_sources: int) -> int:
         return rank // num_sources if self.rank is None else min(rank // num_sources, int(self.rank * rank))
 
 
 def _mean(tile: Tile) -> Float64Array:
-    total = tile.delta(0)
+    total: Float64Array = tile.delta(0)
     for source in range(1, len(tile)):
         total = total + tile.delta(source)
     return total / len(tile)
