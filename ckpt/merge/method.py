@@ -54,7 +54,7 @@ class SourceInfo:
     """One source, as a method sees it."""
 
     label: str  # as in messages: URL@STEP, or the folder
-    id: str  # of its content; random numbers belong to it
+    id: str  # its step, and a number where several have it; random numbers belong to it
     step: int | None  # None: of a folder that says none
     metrics: Mapping[str, float]
     weight: float  # as the user gave it; 1.0 otherwise

@@ -28,7 +28,7 @@ from ckpt.merge.objects import ResultObject, objects_of
 from ckpt.merge.policy import MASTER_COPY
 from ckpt.merge.recipe import Combine, Recipe
 from ckpt.merge.slots import ROLE, SECOND_MOMENTS
-from ckpt.merge.sources import Opened, Source
+from ckpt.merge.sources import Opened, Source, infos_of
 from ckpt.merge.tiles import layer_of
 
 Kind = Literal["linear", "element", "copy", "same", "pool", "reset"]
@@ -175,7 +175,7 @@ def make_plan(opened: Opened, recipe: Recipe, *, image_bytes: int) -> MergePlan:
     binder.default()  # before the tensors are looked at: an unknown method is the first thing to say
     catalog = match(opened, recipe)
     tensors = binder.tensors(catalog.entries)
-    objects = objects_of(opened.newest, recipe.state, seed=recipe.seed, merge_id=_merge_id(opened))
+    objects = objects_of(opened.newest, recipe.state, seed=recipe.seed, merge_id=_merge_id(binder))
     block_bytes = choose_block_bytes(sum(plan.spec.nbytes for plan in tensors))
     units = [binder.bounds[plan.bound].needs.unit if plan.kind == "element" else _unit(plan) for plan in tensors]
     newest = opened.newest.reader
@@ -203,9 +203,12 @@ def _unit(plan: TensorPlan) -> Unit:
     return "matrix" if plan.kind == "pool" else "element"  # a pooled variance is small, and needs its mean beside it
 
 
-def _merge_id(opened: Opened) -> str:
-    every = [*opened.sources, *([opened.base] if opened.base is not None else [])]
-    return hashlib.sha256("\0".join(source.info.id for source in every).encode()).hexdigest()
+def _merge_id(binder: _Binder) -> str:
+    """What makes random streams of one merge others than those of another: which sources, by which method."""
+    context = binder.bounds[0].context
+    every = [*context.sources, *([context.base] if context.base is not None else [])]
+    text = "\0".join([binder.bounds[0].method.name, *(source.id for source in every)])
+    return hashlib.sha256(text.encode()).hexdigest()
 
 
 class _Binder:
@@ -216,8 +219,8 @@ class _Binder:
         self.bounds: list[Bound] = []
         self._known: dict[int, int] = {}  # id of a Combine -> number
         self._context = Context(
-            sources=tuple(source.info for source in opened.sources),
-            base=None if opened.base is None else opened.base.info,
+            sources=tuple(infos_of(opened.sources)),
+            base=None if opened.base is None else opened.base.info(0),
             seed=recipe.seed,
         )
 

@@ -75,11 +75,11 @@ class Source:
     def sort_key(self) -> tuple[int, str, str, int]:
         return (-1 if self.step is None else self.step, self.digest, self.url, self.place)
 
-    @property
-    def info(self) -> SourceInfo:
+    def info(self, number: int) -> SourceInfo:
+        """As a method sees it. `number`: of the sources of this step before it."""
         return SourceInfo(
             label=self.label,
-            id=f"{self.step}:{self.digest}",
+            id=f"{self.step}:{number}",
             step=self.step,
             metrics=self.metrics,
             weight=self.weight,
@@ -310,8 +310,10 @@ def _none(spec: SourceSpec, what: str, complete: Sequence[int]) -> NotFoundError
     )
 
 
-def readers_of(opened: Opened) -> Iterator[Source]:
-    """The sources, then the base."""
-    yield from opened.sources
-    if opened.base is not None:
-        yield opened.base
+def infos_of(sources: Sequence[Source]) -> Iterator[SourceInfo]:
+    """What methods see of sources in canonical order. Their ids follow from steps alone: they are the same however a source is
+    cut, and wherever it lies."""
+    seen: dict[int | None, int] = {}
+    for source in sources:
+        yield source.info(seen.get(source.step, 0))
+        seen[source.step] = seen.get(source.step, 0) + 1

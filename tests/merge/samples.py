@@ -52,7 +52,9 @@ def save(
     return tensors
 
 
-def save_run(url: Path, num: int, *, dtype: torch.dtype | None = None, first: int = 10) -> list[dict[str, torch.Tensor]]:
+def save_run(
+    url: Path, num: int, *, dtype: torch.dtype | None = None, first: int = 10
+) -> list[dict[str, torch.Tensor]]:
     """`num` checkpoints at steps 10, 20, ..., whose loss falls, and their tensors."""
     return [
         save(url, first * (i + 1), random_arrays(i), dtype=dtype, metrics={"loss": 2.0 - 0.1 * i}) for i in range(num)
@@ -63,9 +65,7 @@ def doubles(tensors: Mapping[str, torch.Tensor], name: str) -> NDArray[np.float6
     return tensors[name].double().numpy()
 
 
-def merged(
-    sources: Any, into: Path, method: Any = "uniform", **more: Any
-) -> tuple[dict[str, torch.Tensor], Merged]:
+def merged(sources: Any, into: Path, method: Any = "uniform", **more: Any) -> tuple[dict[str, torch.Tensor], Merged]:
     """Merge, and read all of the result."""
     done = ckpt.merge(sources, into, method=method, **more)
     return opened(into), done
@@ -104,7 +104,9 @@ def _nearest_bfloat16(exact: torch.Tensor) -> torch.Tensor:
     return torch.where(first, middle, step).to(torch.bfloat16)
 
 
-def same(found: Mapping[str, torch.Tensor], expected: Mapping[str, torch.Tensor], names: Sequence[str] | None = None) -> None:
+def same(
+    found: Mapping[str, torch.Tensor], expected: Mapping[str, torch.Tensor], names: Sequence[str] | None = None
+) -> None:
     """Assert equality bit for bit."""
     for name in names or sorted(expected):
         assert found[name].dtype == expected[name].dtype, name

@@ -204,7 +204,11 @@ def test_decay_dual_schedules() -> None:
     assert steep == pytest.approx([math.sqrt((i + 1) / 8) - math.sqrt(i / 8) for i in range(8)])
     assert steep[0] == pytest.approx(0.354, abs=1e-3)
     assert shares("decay_dual", eight, curve="one_minus_sqrt", direction="newest_heaviest") == steep[::-1]
-    assert shares("decay_dual", eight, curve="user", values=[0.5] * 7, direction="oldest_heaviest") == [0.5, *[0.0] * 6, 0.5]
+    assert shares("decay_dual", eight, curve="user", values=[0.5] * 7, direction="oldest_heaviest") == [
+        0.5,
+        *[0.0] * 6,
+        0.5,
+    ]
     bow = shares("decay_dual", eight, curve="cosine")
     assert bow == pytest.approx(bow[::-1]) and max(bow) in bow[3:5]
 
@@ -216,7 +220,9 @@ def test_decay_dual_must_be_told_its_direction() -> None:
 
 
 def test_lawa_takes_the_newest_with_a_stride() -> None:
-    assert shares("lawa", context_of(list(range(7))), last=3, every=2) == pytest.approx([0, 0, 1 / 3, 0, 1 / 3, 0, 1 / 3])
+    assert shares("lawa", context_of(list(range(7))), last=3, every=2) == pytest.approx(
+        [0, 0, 1 / 3, 0, 1 / 3, 0, 1 / 3]
+    )
 
 
 def test_wma_rises_by_one() -> None:
@@ -277,7 +283,9 @@ def test_interpolation_goes_from_the_base_or_between_two(tmp_path: Path) -> None
     def mixed(first: float, second: float) -> dict[str, torch.Tensor]:
         # the base is summed last
         return {
-            n: cast(np.float64(second) * doubles(sources[1], n) + np.float64(first) * doubles(sources[0], n), torch.float32)
+            n: cast(
+                np.float64(second) * doubles(sources[1], n) + np.float64(first) * doubles(sources[0], n), torch.float32
+            )
             for n in names
         }
 
@@ -311,7 +319,9 @@ def test_nan_is_an_error_that_names_tensor_source_and_place(tmp_path: Path) -> N
     arrays = random_arrays(9)
     arrays["layers.1.stack"][2, 4, 6] = np.nan
     save(tmp_path / "run", 30, arrays)
-    with pytest.raises(ckpt.CheckpointError, match=r"`model/layers.1.stack` of .*run@30 is nan at \[2, 4, 6\]") as caught:
+    with pytest.raises(
+        ckpt.CheckpointError, match=r"`model/layers.1.stack` of .*run@30 is nan at \[2, 4, 6\]"
+    ) as caught:
         ckpt.merge(tmp_path / "run@10..30", tmp_path / "out")
     assert caught.value.kind == "not-finite"
     assert not [file for file in (tmp_path / "out").rglob("*") if file.is_file()]

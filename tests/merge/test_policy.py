@@ -59,7 +59,13 @@ def train(url: Path, *, dtype: torch.dtype = torch.float32, masters: bool = Fals
     model = Net().to(dtype)
     optimizer = (Masters if masters else torch.optim.AdamW)(model.parameters(), lr=0.05)
     scheduler = torch.optim.lr_scheduler.StepLR(optimizer, 1)
-    state = {"model": model, "optimizer": optimizer, "scheduler": scheduler, "rng": ckpt.RNG(), "progress": {"tokens": 0}}
+    state = {
+        "model": model,
+        "optimizer": optimizer,
+        "scheduler": scheduler,
+        "rng": ckpt.RNG(),
+        "progress": {"tokens": 0},
+    }
     out = []
     for step in STEPS:
         model(torch.randint(0, 11, (16,))).square().mean().backward()
@@ -76,7 +82,9 @@ def train(url: Path, *, dtype: torch.dtype = torch.float32, masters: bool = Fals
 
 
 def mean(sources: list[dict[str, torch.Tensor]], name: str) -> torch.Tensor:
-    return cast((doubles(sources[0], name) + doubles(sources[1], name) + doubles(sources[2], name)) / 3, sources[0][name].dtype)
+    return cast(
+        (doubles(sources[0], name) + doubles(sources[1], name) + doubles(sources[2], name)) / 3, sources[0][name].dtype
+    )
 
 
 @pytest.fixture
@@ -176,9 +184,7 @@ def test_parameters_are_made_from_master_copies(run: Path, tmp_path: Path) -> No
     assert bits(found[name]) == bits(cast(total, torch.bfloat16))  # type: ignore[arg-type]
     assert bits(found[master]) == bits(cast(total, torch.float32))  # type: ignore[arg-type]
     assert bits(found[name]) == bits(found[master].to(torch.bfloat16))
-    without, _ = merged(
-        {"run": str(run), "steps": "0.."}, tmp_path / "off", optimizer="drop", dtype="float32"
-    )
+    without, _ = merged({"run": str(run), "steps": "0.."}, tmp_path / "off", optimizer="drop", dtype="float32")
     assert bits(without[name]) == bits(found[master])
 
 
@@ -222,7 +228,9 @@ def test_constant_tables_that_differ_are_an_error(run: Path, tmp_path: Path) -> 
         ),
     ],
 )
-def test_rules_win_over_the_table(run: Path, tmp_path: Path, rule: dict[str, Any], name: str, expected: str | None) -> None:
+def test_rules_win_over_the_table(
+    run: Path, tmp_path: Path, rule: dict[str, Any], name: str, expected: str | None
+) -> None:
     sources = train(run)
     found, _ = merged(f"{run}@0..", tmp_path / "out", rules=[rule])
     if expected is None:
@@ -242,7 +250,11 @@ def test_rules_win_over_the_table(run: Path, tmp_path: Path, rule: dict[str, Any
 
 def test_batch_norm_policies(run: Path, tmp_path: Path) -> None:
     sources = train(run)
-    for policy, expected in (("newest", sources[-1]["norm.running_var"]), ("reset", torch.ones(8)), ("combine", mean(sources, "norm.running_var"))):
+    for policy, expected in (
+        ("newest", sources[-1]["norm.running_var"]),
+        ("reset", torch.ones(8)),
+        ("combine", mean(sources, "norm.running_var")),
+    ):
         recipe = tmp_path / f"{policy}.yaml"
         recipe.write_text(f"recipe: 1\nsources: ['{run}@0..']\nmethod: uniform\nstate: {{batch_norm: {policy}}}\n")
         found, _ = merged(recipe, tmp_path / policy)
@@ -260,7 +272,9 @@ def test_quantised_and_complex_parameters_are_refused_until_a_rule_says_what(tmp
         }
         module = nn.Module()
         for name, value in state.items():
-            module.register_parameter(name, value) if isinstance(value, nn.Parameter) else module.register_buffer(name, value)
+            module.register_parameter(name, value) if isinstance(value, nn.Parameter) else module.register_buffer(
+                name, value
+            )
         ckpt.save({"model": module}, tmp_path / "run", step=step)
     with pytest.raises(InvalidInputError) as caught:
         ckpt.merge(f"{tmp_path}/run@1..2", tmp_path / "out")
