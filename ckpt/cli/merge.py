@@ -22,10 +22,11 @@ from ckpt.errors import InvalidInputError
 from ckpt.kernels.merge import FloatDtype
 from ckpt.merge import api
 from ckpt.merge.estimate import estimate, limits_for
+from ckpt.merge.given import Given, overlaid, recipe_nodes
 from ckpt.merge.job import find_unfinished
 from ckpt.merge.nodes import read_yaml
 from ckpt.merge.plan import MergePlan
-from ckpt.merge.recipe import Recipe, from_document
+from ckpt.merge.recipe import Recipe, recipe_of
 from ckpt.merge.run import Merged, again, begin, carry_out, planned, recipe_again
 from ckpt.store.base import Store
 from ckpt.store.open import open_store
@@ -144,29 +145,41 @@ def _recipe(sources: Sequence[str], given: dict[str, Any]) -> Recipe:
             "nothing to merge", kind="no-sources", hints=("name sources, such as runs/gpt@800..1000, or a recipe",)
         )
     if len(sources) == 1 and api.is_recipe(sources[0]):
-        document = dict(api.read_recipe(sources[0]).document)
+        root = api.recipe_file(sources[0])
     elif any(api.is_recipe(source) for source in sources):
         raise InvalidInputError("a recipe names its own sources: give either a recipe or sources", kind="usage")
     else:
-        document = {"recipe": 1, "sources": list(sources), "combine": {"method": "uniform"}}
-    _set_method(document, given)
-    _set_selection(document, given)
-    if given["base"] is not None:
-        document["base"] = given["base"]
-    parts = {
-        "state": {"optimizer": given["optimizer"]},
-        "numerics": {"dtype": given["dtype"], "nan": given["nan"]},
-        "random": {"seed": given["seed"]},
-        "limits": {"memory": given["memory"], "workers": given["workers"]},
-        "output": _output(given["output"]),
-    }
-    for key, values in parts.items():
-        said = {name: value for name, value in values.items() if value is not None}
-        if said:
-            document[key] = {**(document.get(key) or {}), **said}
-    if given["intersect"]:
-        document["intersect"] = True
-    return from_document(document, "ckpt merge")
+        root = recipe_nodes(sources, "ckpt merge")
+    method, parameters = _method(given)
+    asked = Given(
+        method=method,
+        parameters=parameters,
+        weights=None if given["weights"] is None else [_number(part) for part in given["weights"].split(",")],
+        base=given["base"],
+        selection={key: given[key] for key in ("last", "every", "fraction") if given[key] is not None},
+        state={"optimizer": given["optimizer"]},
+        numerics={"dtype": given["dtype"], "nan": given["nan"]},
+        random={"seed": given["seed"]},
+        limits={"memory": given["memory"], "workers": given["workers"]},
+        output=_output(given["output"]),
+        intersect=given["intersect"],
+    )
+    return recipe_of(overlaid(root, asked, "ckpt merge"))
+
+
+def _method(given: dict[str, Any]) -> tuple[str | None, dict[str, Any]]:
+    """Name and parameters of the method that the options say; None: that of the recipe."""
+    parameters: dict[str, Any] = {}
+    if given["weight_by"] is not None:
+        parameters["by"] = given["weight_by"]
+    if given["penalty"] is not None:
+        parameters["penalty"] = given["penalty"]
+    for text in given["parameters"]:
+        name, equals, value = text.partition("=")
+        if not equals:
+            raise InvalidInputError(f"`--set {text}` must be KEY=VALUE", kind="usage")
+        parameters[name] = read_yaml(value, source=f"--set {name}").plain()
+    return given["method"] or ("mwa" if given["weight_by"] is not None else None), parameters
 
 
 def _output(text: str | None) -> dict[str, Any]:
@@ -181,39 +194,11 @@ def _output(text: str | None) -> dict[str, Any]:
     return {"url": address.url, "step": step}
 
 
-def _set_method(document: dict[str, Any], given: dict[str, Any]) -> None:
-    combine = dict(document.get("combine") or {"method": document.pop("method", "uniform")})
-    if given["weight_by"] is not None:
-        combine = {"method": "mwa", "by": given["weight_by"]}
-    if given["method"] is not None and (given["weight_by"] is None or given["method"] != "mwa"):
-        combine = {"method": given["method"], **({"by": given["weight_by"]} if given["weight_by"] is not None else {})}
-    if given["penalty"] is not None:
-        combine["penalty"] = given["penalty"]
-    if given["weights"] is not None:
-        combine = combine if combine["method"] != "uniform" else {"method": "weights"}
-        combine["weights"] = [_number(part) for part in given["weights"].split(",")]
-    for text in given["parameters"]:
-        name, equals, value = text.partition("=")
-        if not equals:
-            raise InvalidInputError(f"`--set {text}` must be KEY=VALUE", kind="usage")
-        combine[name] = read_yaml(value, source=f"--set {name}").plain()
-    document["combine"] = combine
-
-
 def _number(text: str) -> float:
     try:
         return float(text)
     except ValueError:
         raise InvalidInputError(f"--weights must be numbers, found {text!r}", kind="usage") from None
-
-
-def _set_selection(document: dict[str, Any], given: dict[str, Any]) -> None:
-    said = {key: given[key] for key in ("last", "every", "fraction") if given[key] is not None}
-    if said:
-        document["sources"] = [
-            {"run": source, **said} if isinstance(source, str) else {**source, **said} if "run" in source else source
-            for source in document["sources"]
-        ]
 
 
 def _export(

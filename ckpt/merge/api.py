@@ -17,9 +17,10 @@ from ckpt.config import MERGE_RECIPE_BYTES_MAX, MERGE_WORKERS_MAX, Options
 from ckpt.engine.read import Progress
 from ckpt.errors import InvalidInputError
 from ckpt.merge import registry
+from ckpt.merge.given import Given, overlaid, recipe_nodes
 from ckpt.merge.job import Job, find_unfinished
 from ckpt.merge.method import Method
-from ckpt.merge.nodes import read_yaml
+from ckpt.merge.nodes import Node, read_yaml
 from ckpt.merge.plan import MergePlan
 from ckpt.merge.processes import Processes
 from ckpt.merge.recipe import Recipe, from_document, recipe_of
@@ -36,18 +37,18 @@ def merge(
     sources: SourceLike | Sequence[SourceLike],
     into: Url | None = None,
     *,
-    method: str | Callable[..., Any] | type[Method] = "uniform",
+    method: str | Callable[..., Any] | type[Method] | None = None,
     base: SourceLike | None = None,
     step: int | None = None,
     weights: Sequence[float] | None = None,
     rules: Sequence[Mapping[str, Any]] = (),
-    optimizer: Literal["drop", "newest", "combine"] = "drop",
+    optimizer: Literal["drop", "newest", "combine"] | None = None,
     dtype: str | None = None,
-    nan: Literal["error", "propagate"] = "error",
-    seed: int = 0,
+    nan: Literal["error", "propagate"] | None = None,
+    seed: int | None = None,
     intersect: bool = False,
     memory: int | str | None = None,
-    workers: int = 1,
+    workers: int | None = None,
     options: Options | None = None,
     storage_options: Mapping[str, Any] | None = None,
     progress: Progress | None = None,
@@ -58,15 +59,19 @@ def merge(
     Args:
         sources: `URL@A..B`, `URL@STEP`, `URL`, a folder of safetensors files, or a list of these or of mappings as in a
             recipe; or the path of a recipe (`.yaml`), which then says everything that is not given here.
-        method: the name of a method, a function or class as `ckpt.merge_method` takes it; `parameters` go to it.
+        method: the name of a method, a function or class as `ckpt.merge_method` takes it; `parameters` go to it. The mean when
+            nothing is said.
         base: what changes are counted from, for methods that need it.
         step: of the result; the newest source's when None.
         weights: one per source, in the order in which they are named.
         rules: what becomes of tensors by name, as in a recipe; the first that matches decides.
-        optimizer: what becomes of optimizer state.
-        dtype: of what is combined; that of the newest source when None.
+        optimizer: what becomes of optimizer state; it is left out when nothing is said.
+        dtype: of what is combined; that of the newest source when nothing is said.
+        nan: what NaN and infinity in a source are: an error, when nothing is said.
+        seed: of random masks, and of the random streams of the result.
+        intersect: merge what all sources have in common, instead of refusing those that differ.
         memory: bytes (or `4GiB`) that all processes together may take; None: a few hundred MiB, more where a method gains by it.
-        workers: processes. With more than 1 a method must be one that they can import.
+        workers: processes; 1 when nothing is said. With more a method must be one that they can import.
         storage_options: for all URLs that are not local.
 
     Raises:
@@ -75,8 +80,20 @@ def merge(
         AlreadyExistsError: `into` has this step.
         CheckpointError: `not-finite`: an element of a source or of the result is NaN or infinite; nothing is left behind.
     """
-    document = _document(sources, method, parameters, weights, base, into, step)
-    recipe = _changed(document, rules, optimizer, dtype, nan, seed, intersect, memory, workers)
+    given = Given(
+        method=None if method is None else _name_of(method),
+        parameters=parameters,
+        weights=weights,
+        base=None if base is None else _source(base),
+        rules=rules,
+        state={"optimizer": optimizer},
+        numerics={"dtype": dtype, "nan": nan},
+        random={"seed": seed},
+        limits={"memory": memory, "workers": workers},
+        output={"url": None if into is None else os.fspath(into), "step": step},
+        intersect=intersect,
+    )
+    recipe = recipe_of(overlaid(_nodes(sources), given, "merge()"))
     if recipe.output is None:
         raise InvalidInputError("say where the result goes: `into`", kind="no-output")
     chosen = config.from_environment(options)
@@ -123,15 +140,18 @@ def resume_merge(
 
 def read_recipe(recipe: Mapping[str, Any] | Url) -> Recipe:
     """A recipe out of a file, or of plain data."""
-    if isinstance(recipe, Mapping):
-        return from_document(recipe)
-    path = os.fspath(recipe)
+    return from_document(recipe) if isinstance(recipe, Mapping) else recipe_of(recipe_file(recipe))
+
+
+def recipe_file(path: Url) -> Node:
+    """The nodes of a recipe's file. InvalidInputError (`bad-recipe`) when it cannot be read."""
+    name = os.fspath(path)
     try:
-        with Path(path).open(encoding="utf-8") as stream:
+        with Path(name).open(encoding="utf-8") as stream:
             text = stream.read(MERGE_RECIPE_BYTES_MAX + 1)
     except (OSError, UnicodeDecodeError) as error:
-        raise InvalidInputError(f"recipe `{path}` cannot be read: {error}", kind="bad-recipe") from error
-    return recipe_of(read_yaml(text, source=path))
+        raise InvalidInputError(f"recipe `{name}` cannot be read: {error}", kind="bad-recipe") from error
+    return read_yaml(text, source=name)
 
 
 def is_recipe(source: SourceLike) -> bool:
@@ -148,33 +168,13 @@ def runner_of(workers: int, storage_options: Mapping[str, Any] | None) -> MakeRu
     return make
 
 
-def _document(
-    sources: SourceLike | Sequence[SourceLike],
-    method: str | Callable[..., Any] | type[Method],
-    parameters: Mapping[str, Any],
-    weights: Sequence[float] | None,
-    base: SourceLike | None,
-    into: Url | None,
-    step: int | None,
-) -> dict[str, Any]:
-    """The recipe as plain data, so far."""
+def _nodes(sources: SourceLike | Sequence[SourceLike]) -> Node:
+    """The recipe that the sources are, or make."""
     several: list[SourceLike] = [sources] if isinstance(sources, (str, os.PathLike, Mapping)) else list(sources)
     if len(several) == 1 and is_recipe(several[0]):
-        document = dict(read_recipe(several[0]).document)
-    else:
-        document = {"recipe": 1, "sources": [_source(one) for one in several]}
-        document["combine"] = {"method": _name_of(method), **parameters}
-    if weights is not None:
-        combine = document.get("combine") or {"method": document.pop("method", "uniform")}
-        if combine["method"] == "uniform":
-            combine = {"method": "weights"}
-        document["combine"] = {**combine, "weights": list(weights)}
-    if base is not None:
-        document["base"] = _source(base)
-    output = dict(document.get("output") or {})
-    output |= {} if into is None else {"url": os.fspath(into)}
-    output |= {} if step is None else {"step": step}
-    return {**document, "output": output} if output else document
+        assert not isinstance(several[0], Mapping)
+        return recipe_file(several[0])
+    return recipe_nodes([_source(one) for one in several], "merge()")
 
 
 def _source(source: SourceLike) -> Any:
@@ -189,34 +189,6 @@ def _name_of(method: str | Callable[..., Any] | type[Method]) -> str:
     if name not in registry.known():
         registry.merge_method(name)(method)
     return name
-
-
-def _changed(
-    document: dict[str, Any],
-    rules: Sequence[Mapping[str, Any]],
-    optimizer: str,
-    dtype: str | None,
-    nan: str,
-    seed: int,
-    intersect: bool,
-    memory: int | str | None,
-    workers: int,
-) -> Recipe:
-    """The recipe, with what was given besides it; what is left at its default changes nothing."""
-    more: dict[str, dict[str, Any]] = {
-        "state": {} if optimizer == "drop" else {"optimizer": optimizer},
-        "numerics": {**({} if dtype is None else {"dtype": dtype}), **({} if nan == "error" else {"nan": nan})},
-        "random": {} if seed == 0 else {"seed": seed},
-        "limits": {**({} if memory is None else {"memory": memory}), **({} if workers == 1 else {"workers": workers})},
-    }
-    for key, values in more.items():
-        if values:
-            document[key] = {**(document.get(key) or {}), **values}
-    if rules:
-        document["rules"] = [*map(dict, rules), *(document.get("rules") or [])]
-    if intersect:
-        document["intersect"] = True
-    return from_document(document, "merge()")
 
 
 def check_workers(made: MergePlan, workers: int) -> int:

@@ -108,9 +108,10 @@ def _compare(
     if source is newest:
         return
     for name, decision in decisions.items():
-        if decision.policy not in COMPARED:
-            continue
         i = _find(source, specs[name])
+        if decision.policy not in COMPARED:
+            _compare_kind(source, i, newest, specs[name], decision, out)
+            continue
         if i is None:
             out.setdefault(name, []).append(f"missing in {source.label}")
             continue
@@ -127,6 +128,16 @@ def _compare(
             continue
         if decide(_renamed(source, i, name), recipe, frozenset(source.names.values())).policy in COMPARED:
             out.setdefault(name, []).append(f"only in {source.label}, missing in {newest.label}")
+
+
+def _compare_kind(
+    source: Source, i: int | None, newest: Source, spec: TensorSpec, decision: Decision, out: dict[str, list[str]]
+) -> None:
+    """What is copied because it is no number to combine should be none in the other sources, either."""
+    if i is not None and decision.policy == "newest" and not decision.rule and not spec.role.startswith(ROLE):
+        other = source.specs[i].dtype
+        if is_float(other) != is_float(spec.dtype):
+            out.setdefault(spec.name, []).append(f"`{other}` in {source.label}, `{spec.dtype}` in {newest.label}")
 
 
 def _find(source: Source, spec: TensorSpec) -> int | None:
