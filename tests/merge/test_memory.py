@@ -48,7 +48,7 @@ def program(folder: Path, *arguments: object) -> dict[str, Any]:
         env={**os.environ, "PYTHONPATH": str(ROOT)},
         capture_output=True,
         text=True,
-        timeout=250,
+        timeout=100,
         check=False,
     )
     assert done.returncode == 0, done.stderr
@@ -71,7 +71,7 @@ def test_peak_is_within_the_plan_and_does_not_grow_with_the_sources(run: Path, t
     many, planned_many = peak(tmp_path, run, "many", steps="1..12")
     assert few <= planned_few and many <= planned_many
     assert planned_few == planned_many
-    assert many < few + 32 * MIB
+    assert many < few + 64 * MIB
 
 
 @pytest.mark.parametrize("more", [(), ("--method", "ties"), ("--method", "ties", "--set", "scope=tensor")])
@@ -86,8 +86,9 @@ def test_peak_of_workers_is_within_the_plan(run: Path, tmp_path: Path) -> None:
     assert found <= planned <= 800 * MIB
 
 
-@pytest.mark.slow
-@pytest.mark.timeout(300)
-def test_matrix_methods_say_what_they_take(run: Path, tmp_path: Path) -> None:
-    found, planned = peak(tmp_path, run, "out", "--method", "tsv_m", "--base", f"{run}@1", steps="2..2")
+def test_matrix_methods_say_what_they_take(tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    for step in (1, 2, 3):
+        save(run, step, {"w": np.random.default_rng(step).standard_normal((600, 800)).astype(np.float32)})
+    found, planned = peak(tmp_path, run, "out", "--method", "tsv_m", "--base", f"{run}@1", steps="2..3")
     assert found <= planned
