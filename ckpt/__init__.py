@@ -33,6 +33,8 @@ if TYPE_CHECKING:
     from ckpt.format.objects import register_codec
     from ckpt.layout.box import Box
     from ckpt.layout.layout import Layout
+    from ckpt.merge.api import merge, plan_merge, resume_merge
+    from ckpt.merge.registry import merge_method
     from ckpt.snapshot.fence import Attached, attach, fence
     from ckpt.state import FlatOptimizerState, FlatShard, annotate
     from ckpt.state.elastic import ElasticLoader, ElasticSampler
@@ -70,6 +72,9 @@ _PLACES = {
     "register_codec": "ckpt.format.objects",
     "Box": "ckpt.layout.box",
     "Layout": "ckpt.layout.layout",
+    "plan_merge": "ckpt.merge.api",
+    "resume_merge": "ckpt.merge.api",
+    "merge_method": "ckpt.merge.registry",
     "Attached": "ckpt.snapshot.fence",
     "attach": "ckpt.snapshot.fence",
     "fence": "ckpt.snapshot.fence",
@@ -117,14 +122,20 @@ __all__ = [
     "attach",
     "fence",
     "load",
+    "merge",
+    "merge_method",
     "open",
+    "plan_merge",
     "register_codec",
+    "resume_merge",
     "save",
     "zarr_store",
 ]
 
 
 def __getattr__(name: str) -> Any:
+    if name == "merge":  # a package that can be called
+        return importlib.import_module("ckpt.merge")
     if name not in _PLACES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     value = getattr(importlib.import_module(_PLACES[name]), name)

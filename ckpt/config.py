@@ -70,6 +70,7 @@ class Options:
     gc_grace_s: float = 3600.0  # unpublished attempts younger than this are kept by gc
     direct_io: bool = True  # read and write images around the page cache where the file system can
     events: bool = True  # log the phases of every save and load beside the run
+    merge_image_bytes: int = 256 * MIB  # of one image of a merged checkpoint, about: one task of a worker
     # Erasure coding.
     code_tile_bytes: int = (
         512 * KIB
@@ -238,3 +239,22 @@ AGENT_LOOK_S = (
 AGENT_HOLD_S_MAX = 3600.0  # somebody who reads what an agent holds may keep it from ending for so long at a time
 AGENT_ADDRESSES_MAX = 4096  # that an agent is told when it joins; larger worlds: of its own group and one of each other
 AGENT_POPULATE_BYTES = 64 * MIB  # of one step of a first touch, so that other threads get their turn
+
+# Merging. The first two decide how tensors are cut and so how sums are made: another value gives other (equally good) bits.
+MERGE_TILE_ELEMENTS = 1 << 20  # of one tile
+MERGE_FRAGMENT_ELEMENTS = 1 << 26  # of one fragment of the result
+MERGE_IMAGES_MAX = 4096  # of one result; they are larger than `merge_image_bytes` where there would be more
+MERGE_SOURCES_MAX = 4096
+MERGE_SLOT_BYTES_MAX = (
+    64 * MIB
+)  # of an optimizer slot of another shape than its parameter (a factor), which is read whole
+MERGE_RECIPE_BYTES_MAX = 4 * MIB
+MERGE_RECIPE_DEPTH_MAX = 16
+MERGE_RECIPE_NODES_MAX = 200_000
+MERGE_LISTED_MAX = 1000  # names in one error message
+MERGE_WORKERS_MAX = 1024
+
+# Export to plain safetensors files.
+EXPORT_FILE_BYTES = 5_000_000_000  # of one file, about: what Hugging Face's tools write
+EXPORT_PIECE_BYTES = 16 * MIB  # of a tensor that is read, cast and written at a time
+EXPORT_SIDE_FILE_BYTES_MAX = 64 * MIB  # a config or tokenizer file that is copied along

@@ -210,6 +210,89 @@ int code_isal_raw(const Column<uint64_t>& source, const Column<int64_t>& source_
   return ckpt_code_isal_raw(&coding);
 }
 
+using Doubles = nb::ndarray<double, nb::ndim<1>, nb::c_contig, nb::device::cpu>;
+using Bins = nb::ndarray<uint64_t, nb::ndim<1>, nb::c_contig, nb::device::cpu>;
+
+// K parts of S sources: tables [K, S] come flat
+Outcome mix(int loops, const Column<uint64_t>& source, const Column<int32_t>& dtype, const Column<double>& weight,
+            const Column<int64_t>& length, const Column<double>& divisor, const Column<uint64_t>& sum,
+            const Column<uint64_t>& target, const Column<int32_t>& target_dtype, const Column<uint8_t>& exact,
+            int32_t num_sources, bool go_on, int32_t threads, const Target& bad) {
+  const size_t parts = length.shape(0);
+  require(num_sources > 0 && num_sources <= CKPT_MERGE_SOURCES_MAX, "too many sources");
+  const size_t cells = parts * static_cast<size_t>(num_sources);
+  require(source.shape(0) == cells && dtype.shape(0) == cells && weight.shape(0) == cells && divisor.shape(0) == 2 * parts &&
+              sum.shape(0) == parts && target.shape(0) == parts && target_dtype.shape(0) == parts && exact.shape(0) == parts &&
+              bad.shape(0) == parts,
+          "columns of parts differ in length");
+  const ckpt_mix_parts columns{source.data(), dtype.data(),        weight.data(), length.data(),
+                               divisor.data(), sum.data(),         target.data(), target_dtype.data(),
+                               exact.data(),  static_cast<int64_t>(parts), num_sources, go_on ? 1 : 0, threads};
+  int64_t bad_part = -1;
+  nb::gil_scoped_release released;
+  const ckpt_status status = ckpt_mix(static_cast<ckpt_loops>(loops), &columns, bad.data(), &bad_part);
+  return {status, bad_part};
+}
+
+std::pair<int, bool> all_finite(int loops, uint64_t source, int dtype, int64_t length) {
+  int32_t out = 0;
+  nb::gil_scoped_release released;
+  const ckpt_status status = ckpt_all_finite(static_cast<ckpt_loops>(loops), source, static_cast<ckpt_float>(dtype), length, &out);
+  return {status, out != 0};
+}
+
+ckpt_tile tile_of(const Column<uint64_t>& source, const Column<int32_t>& dtype, uint64_t base, int base_dtype, int64_t length,
+                  int32_t threads) {
+  require(source.shape(0) == dtype.shape(0) && source.shape(0) <= CKPT_MERGE_SOURCES_MAX, "columns of sources differ in length");
+  return {source.data(), dtype.data(), static_cast<int32_t>(source.shape(0)), base, static_cast<ckpt_float>(base_dtype), length,
+          threads};
+}
+
+int histogram(int loops, const Column<uint64_t>& source, const Column<int32_t>& dtype, uint64_t base, int base_dtype,
+              int64_t length, int32_t threads, int32_t shift, int32_t bits, const Column<int64_t>& prefix, const Bins& bins) {
+  const ckpt_tile tile = tile_of(source, dtype, base, base_dtype, length, threads);
+  require(bits > 0 && bits <= 24 && prefix.shape(0) == source.shape(0) && bins.shape(0) == source.shape(0) << bits,
+          "columns of bins differ in length");
+  nb::gil_scoped_release released;
+  return ckpt_histogram(static_cast<ckpt_loops>(loops), &tile, shift, bits, prefix.data(), bins.data());
+}
+
+int tile_sums(int loops, bool moments, const Column<uint64_t>& source, const Column<int32_t>& dtype, uint64_t base,
+              int base_dtype, int64_t length, int32_t threads, const Doubles& scratch, const Doubles& out) {
+  const ckpt_tile tile = tile_of(source, dtype, base, base_dtype, length, threads);
+  const size_t count = source.shape(0) * (moments ? 4 : source.shape(0));
+  const size_t blocks = (static_cast<size_t>(length) + CKPT_SUM_BLOCK - 1) / CKPT_SUM_BLOCK;
+  require(length >= 0 && out.shape(0) == count && scratch.shape(0) == blocks * count, "columns of sums differ in length");
+  nb::gil_scoped_release released;
+  const auto run = moments ? ckpt_moments : ckpt_gram;
+  return run(static_cast<ckpt_loops>(loops), &tile, scratch.data(), out.data());
+}
+
+// (status, sum of signs, whether some of the target is not finite)
+std::tuple<int, int64_t, bool> ties(int loops, const Column<uint64_t>& source, const Column<int32_t>& dtype, uint64_t base,
+                                    int base_dtype, int64_t length, int32_t threads, const Column<uint32_t>& threshold,
+                                    const Column<double>& weight, double scale, int mode, int32_t zero_sign, uint64_t target,
+                                    int target_dtype) {
+  const ckpt_tile tile = tile_of(source, dtype, base, base_dtype, length, threads);
+  require(threshold.shape(0) == source.shape(0) && weight.shape(0) == source.shape(0), "columns of sources differ in length");
+  const ckpt_ties_rule rule{threshold.data(), weight.data(), scale, static_cast<ckpt_ties_mode>(mode), zero_sign};
+  int64_t sign_sum = 0;
+  uint8_t bad = 0;
+  nb::gil_scoped_release released;
+  const ckpt_status status = ckpt_ties(static_cast<ckpt_loops>(loops), &tile, &rule, target, static_cast<ckpt_float>(target_dtype),
+                                       &sign_sum, &bad);
+  return {status, sign_sum, bad != 0};
+}
+
+int uniform(int loops, uint64_t key, uint64_t first, const Doubles& out) {
+  nb::gil_scoped_release released;
+  return ckpt_uniform(static_cast<ckpt_loops>(loops), key, first, static_cast<int64_t>(out.shape(0)), out.data());
+}
+
+bool loops_available(int loops) { return ckpt_loops_available(static_cast<ckpt_loops>(loops)) != 0; }
+
+int loops_auto() { return ckpt_loops_auto(); }
+
 bool coder_available(int coder) { return ckpt_coder_available(static_cast<ckpt_coder>(coder)) != 0; }
 
 int coder_auto() { return ckpt_coder_auto(); }
@@ -226,6 +309,8 @@ NB_MODULE(_native, module) {
   module.attr("DIMS_MAX") = CKPT_DIMS_MAX;
   module.attr("THREADS_MAX") = CKPT_THREADS_MAX;
   module.attr("READ_ALIGN") = CKPT_READ_ALIGN;
+  module.attr("MERGE_SOURCES_MAX") = CKPT_MERGE_SOURCES_MAX;
+  module.attr("SUM_BLOCK") = CKPT_SUM_BLOCK;
   module.attr("CODE_SOURCES_MAX") = CKPT_CODE_SOURCES_MAX;
   module.attr("CODE_TARGETS_MAX") = CKPT_CODE_TARGETS_MAX;
   module.def("copy_boxes", &copy_boxes, "source"_a.noconvert(), "source_limit"_a.noconvert(), "target"_a.noconvert(),
@@ -256,6 +341,20 @@ NB_MODULE(_native, module) {
              "source_crcs"_a.noconvert(), "target_crcs"_a.noconvert());
   module.def("code_isal_raw", &code_isal_raw, "source"_a.noconvert(), "source_bytes"_a.noconvert(), "target"_a.noconvert(),
              "coefficients"_a.noconvert(), "block_bytes"_a, "tile_bytes"_a);
+  module.def("mix", &mix, "loops"_a, "source"_a.noconvert(), "dtype"_a.noconvert(), "weight"_a.noconvert(), "length"_a.noconvert(),
+             "divisor"_a.noconvert(), "sum"_a.noconvert(), "target"_a.noconvert(), "target_dtype"_a.noconvert(),
+             "exact"_a.noconvert(), "num_sources"_a, "go_on"_a, "threads"_a, "bad"_a.noconvert());
+  module.def("all_finite", &all_finite, "loops"_a, "source"_a, "dtype"_a, "length"_a);
+  module.def("histogram", &histogram, "loops"_a, "source"_a.noconvert(), "dtype"_a.noconvert(), "base"_a, "base_dtype"_a,
+             "length"_a, "threads"_a, "shift"_a, "bits"_a, "prefix"_a.noconvert(), "bins"_a.noconvert());
+  module.def("tile_sums", &tile_sums, "loops"_a, "moments"_a, "source"_a.noconvert(), "dtype"_a.noconvert(), "base"_a,
+             "base_dtype"_a, "length"_a, "threads"_a, "scratch"_a.noconvert(), "out"_a.noconvert());
+  module.def("ties", &ties, "loops"_a, "source"_a.noconvert(), "dtype"_a.noconvert(), "base"_a, "base_dtype"_a, "length"_a,
+             "threads"_a, "threshold"_a.noconvert(), "weight"_a.noconvert(), "scale"_a, "mode"_a, "zero_sign"_a, "target"_a,
+             "target_dtype"_a);
+  module.def("uniform", &uniform, "loops"_a, "key"_a, "first"_a, "out"_a.noconvert());
+  module.def("loops_available", &loops_available, "loops"_a);
+  module.def("loops_auto", &loops_auto);
   module.def("coder_available", &coder_available, "coder"_a);
   module.def("coder_auto", &coder_auto);
   module.def("coder_isal_library", [] { return std::string(ckpt_coder_isal_library()); });

@@ -32,8 +32,8 @@ ORDER = [
     "engine",
     "simulate",
     "agent",
-    "merge",
     "convert",
+    "merge",
     "integrations",
     "observe",
     "api",
@@ -61,6 +61,8 @@ WITHOUT_TORCH = [
     "commit",
     "simulate",
     "agent",
+    "convert",
+    "merge",
 ]
 FORBIDDEN_ANYWHERE = {"pickle", "dill", "cloudpickle", "marshal", "shelve"}  # nothing that runs code from a checkpoint
 

@@ -16,9 +16,12 @@ from ckpt.cli.copy import copy
 from ckpt.cli.diff import diff
 from ckpt.cli.doctor import doctor
 from ckpt.cli.exit_codes import BUG, DONE, FAILED, INTERRUPTED, USAGE, epilog
+from ckpt.cli.explain import explain
+from ckpt.cli.export import export
 from ckpt.cli.forget import forget
 from ckpt.cli.gc import gc
 from ckpt.cli.ls import ls
+from ckpt.cli.merge import merge
 from ckpt.cli.plan import plan
 from ckpt.cli.printer import Printer, describe
 from ckpt.cli.recover import recover
@@ -51,6 +54,9 @@ for _command in (
     plan,
     reshard,
     copy,
+    merge,
+    explain,
+    export,
     report,
     forget,
     unforget,

@@ -11,7 +11,6 @@ from ckpt.agent.inventory import Candidate
 from ckpt.agent.survey import Asked, Holding
 from ckpt.cli import recover_to, texts
 from ckpt.cli.address import Address
-from ckpt.cli.approximate import approximate
 from ckpt.cli.command import ADDRESS, command
 from ckpt.cli.exit_codes import DONE
 from ckpt.cli.printer import Column, Printer
@@ -59,6 +58,8 @@ def recover(printer: Printer, run: Address, target: Address | None, step: int | 
         for address, error in holding.refused.items():
             printer.note(f"agent {address} could not be held: {error}")
         if wanted.approximate is not None:
+            from ckpt.cli.approximate import approximate  # needs torch, whose import no other command should wait for
+
             document["approximated"] = approximate(printer, run, target, standing, wanted, options)
         else:
             assert target is not None

@@ -10,6 +10,7 @@ would not be written by this module is not read by it.
     step-000000001000/<attempt>/aborted.json                        this attempt will never be published
     step-000000001000/<attempt>/references.json                     images of other attempts that this one will refer to
     step-000000001000/<attempt>/removing.json                       images that gc is about to remove
+    step-000000001000/<attempt>/merge/...                           what the workers of a merge tell each other
     step-000000001000/<attempt>/receipts/00003-of-00128.receipt     a rank's vote
     step-000000001000/<attempt>/receipts/00003-of-00128.failed.json a rank's reason
     events/...                                                      what happened (observe/log.py); no part of a checkpoint
@@ -143,6 +144,11 @@ def receipts_prefix(step: int, attempt: str) -> str:
 def receipt_key(step: int, attempt: str, rank: int, world: int) -> str:
     """Key of the vote of `rank`."""
     return receipts_prefix(step, attempt) + ranked_name(rank, world, "receipt")
+
+
+def merge_prefix(step: int, attempt: str) -> str:
+    """Prefix of what the workers of a merge leave for each other (ckpt/merge/job.py), until it is published."""
+    return f"{attempt_folder(step, attempt)}/merge/"
 
 
 def failure_key(step: int, attempt: str, rank: int, world: int) -> str:

@@ -261,7 +261,7 @@ def _read_chunk(job: ReadJob, chunk: int, buffer: NDArray[np.uint8]) -> list[Dam
     try:
         job.store.read_into(key, start, data.data)
     except (DamagedError, NotFoundError) as error:  # an image that a manifest names and that is gone is damage
-        tensor = _tensor(job, int(plan.block_fragment[plan.block_starts[chunk]]))
+        tensor = _tensor(job, _first_fragment(plan, chunk))
         reason = job.missing(image) if job.missing and isinstance(error, NotFoundError) else error.message
         message = f"tensor `{tensor}` is damaged: bytes [{start}, {stop}) of `{key}`: {reason}"
         return [Damage(key=key, start=start, stop=stop, tensor=tensor, message=message)]
@@ -287,6 +287,13 @@ def _damage(job: ReadJob, key: str, block: int, found: int) -> Damage:
         message=f"tensor `{tensor}` is damaged: bytes [{start}, {stop}) of `{key}`: "
         f"expected crc32c {int(plan.block_crc[block]):08x}, found {found:08x}",
     )
+
+
+def _first_fragment(plan: ReadPlan, chunk: int) -> int:
+    """A fragment that a chunk reads of, for messages."""
+    if plan.block_starts[chunk] < plan.block_starts[chunk + 1]:
+        return int(plan.block_fragment[plan.block_starts[chunk]])
+    return int(plan.copies.fragment[plan.copy_starts[chunk]])
 
 
 def _tensor(job: ReadJob, fragment: int) -> str:

@@ -42,12 +42,35 @@ class FragmentTable:
     writer: NDArray[np.int32]  # [N] number of the image that holds it: of the writers, then of the references
     offsets: Int64Array  # [N] bytes from the start of that file
     nbytes: Int64Array  # [N]
-    checksums: NDArray[np.uint32]  # per block, fragment after fragment
+    checksums: NDArray[
+        np.uint32
+    ]  # per block, fragment after fragment; none at all: the files are not ckpt's and have none
     block_starts: Int64Array  # [N + 1] first block of each fragment
     digests: NDArray[np.uint8] | None = None  # [N, 32] SHA-256 of each; None: not stored, or not asked for
 
     def __len__(self) -> int:
         return len(self.boxes)
+
+    @property
+    def are_checked(self) -> bool:
+        """Whether there are checksums."""
+        return len(self.checksums) > 0
+
+    def of_tensors(self, tensors: NDArray[np.integer]) -> FragmentTable:
+        """The fragments of some tensors, in the same order."""
+        rows = np.flatnonzero(np.isin(self.boxes.tensor, tensors))
+        counts = np.diff(self.block_starts)[rows]
+        ends = np.cumsum(counts)
+        within = np.arange(int(counts.sum())) - np.repeat(ends - counts, counts)
+        return FragmentTable(
+            boxes=self.boxes.take(rows),
+            writer=self.writer[rows],
+            offsets=self.offsets[rows],
+            nbytes=self.nbytes[rows],
+            checksums=self.checksums[np.repeat(self.block_starts[:-1][rows], counts) + within],
+            block_starts=np.append(0, ends),
+            digests=None if self.digests is None else self.digests[rows],
+        )
 
 
 def pack_tensors(specs: Sequence[TensorSpec], num_fragments: Int64Array) -> bytes:

@@ -7,6 +7,8 @@ CORE_VERSION: int
 DIMS_MAX: int
 THREADS_MAX: int
 READ_ALIGN: int
+MERGE_SOURCES_MAX: int
+SUM_BLOCK: int
 CODE_SOURCES_MAX: int
 CODE_TARGETS_MAX: int
 
@@ -109,6 +111,67 @@ def code_isal_raw(
     block_bytes: int,
     tile_bytes: int,
 ) -> int: ...
+def mix(
+    loops: int,
+    source: NDArray[np.uint64],
+    dtype: NDArray[np.int32],
+    weight: NDArray[np.float64],
+    length: NDArray[np.int64],
+    divisor: NDArray[np.float64],
+    sum: NDArray[np.uint64],
+    target: NDArray[np.uint64],
+    target_dtype: NDArray[np.int32],
+    exact: NDArray[np.uint8],
+    num_sources: int,
+    go_on: bool,
+    threads: int,
+    bad: NDArray[np.uint8],
+) -> tuple[int, int]: ...
+def all_finite(loops: int, source: int, dtype: int, length: int) -> tuple[int, bool]: ...
+def histogram(
+    loops: int,
+    source: NDArray[np.uint64],
+    dtype: NDArray[np.int32],
+    base: int,
+    base_dtype: int,
+    length: int,
+    threads: int,
+    shift: int,
+    bits: int,
+    prefix: NDArray[np.int64],
+    bins: NDArray[np.uint64],
+) -> int: ...
+def tile_sums(
+    loops: int,
+    moments: bool,
+    source: NDArray[np.uint64],
+    dtype: NDArray[np.int32],
+    base: int,
+    base_dtype: int,
+    length: int,
+    threads: int,
+    scratch: NDArray[np.float64],
+    out: NDArray[np.float64],
+) -> int: ...
+def ties(
+    loops: int,
+    source: NDArray[np.uint64],
+    dtype: NDArray[np.int32],
+    base: int,
+    base_dtype: int,
+    length: int,
+    threads: int,
+    threshold: NDArray[np.uint32],
+    weight: NDArray[np.float64],
+    scale: float,
+    mode: int,
+    zero_sign: int,
+    target: int,
+    target_dtype: int,
+) -> tuple[int, int, bool]: ...
+def uniform(loops: int, key: int, first: int, out: NDArray[np.float64]) -> int: ...
+def loops_available(loops: int) -> bool: ...
+def loops_auto() -> int: ...
 def coder_available(coder: int) -> bool: ...
 def coder_auto() -> int: ...
 def coder_isal_library() -> str: ...

@@ -17,6 +17,7 @@ from ckpt.errors import InvalidInputError
 REFERENCE = "reference"
 ENVIRONMENT_VARIABLE = "CKPT_KERNEL"
 CODER_VARIABLE = "CKPT_CODER"  # for erasure coding alone; where it is not set, `CKPT_KERNEL=reference` holds for it too
+LOOPS_VARIABLE = "CKPT_LOOPS"  # for merging alone; likewise
 ISAL_HINTS = ("install Intel ISA-L's libisal.so.2: `apt-get install libisal2`, `dnf install libisal`",)
 
 
@@ -35,6 +36,15 @@ class Coder(IntEnum):
     auto = 0
     portable = 1
     isal = 2
+
+
+class Loops(IntEnum):
+    """As `ckpt_loops` in native/include/ckpt_core.h."""
+
+    auto = 0
+    portable = 1
+    avx2 = 2
+    avx512 = 3
 
 
 class Status(IntEnum):
@@ -108,20 +118,25 @@ def crc_kernel() -> CrcKernel:
 
 def coder_demanded() -> str | None:
     """The coder that the environment asks for, None when it leaves the choice to us."""
-    name = os.environ.get(CODER_VARIABLE)
+    return _demanded(CODER_VARIABLE, "coder", Coder)
+
+
+def _demanded(variable: str, what: str, kinds: type[Coder] | type[Loops]) -> str | None:
+    """What a variable for one part of the kernels asks for."""
+    name = os.environ.get(variable)
     everything = demanded()
     if not name:
         return REFERENCE if everything == REFERENCE else None
-    if name != REFERENCE and (name not in Coder.__members__ or name == "auto"):
-        known = ", ".join([REFERENCE, *(coder.name for coder in Coder if coder)])
+    if name != REFERENCE and (name not in kinds.__members__ or name == "auto"):
+        known = ", ".join([REFERENCE, *(kind.name for kind in kinds if kind)])
         raise InvalidInputError(
-            f"environment variable {CODER_VARIABLE} must name a coder, found {name!r}",
+            f"environment variable {variable} must name a {what}, found {name!r}",
             kind="unknown-kernel",
             hints=(f"known: {known}; unset it to use the fastest",),
         )
     if everything == REFERENCE and name != REFERENCE:
         raise InvalidInputError(
-            f"{CODER_VARIABLE}={name} contradicts {ENVIRONMENT_VARIABLE}={REFERENCE}, which asks for no native code",
+            f"{variable}={name} contradicts {ENVIRONMENT_VARIABLE}={REFERENCE}, which asks for no native code",
             kind="no-kernel",
         )
     return name
@@ -137,6 +152,29 @@ def coder() -> Coder | None:
     if not native().coder_available(Coder[name]):
         raise InvalidInputError(f"{CODER_VARIABLE}={name}: not here", kind="no-kernel", hints=ISAL_HINTS)
     return Coder[name]
+
+
+def loops() -> Loops | None:
+    """The loops of merging to run, None for the reference. InvalidInputError where those demanded are not here."""
+    name = _demanded(LOOPS_VARIABLE, "set of loops", Loops)
+    if name is None:
+        return Loops.auto
+    if name == REFERENCE:
+        return None
+    if not native().loops_available(Loops[name]):
+        raise InvalidInputError(
+            f"{LOOPS_VARIABLE}={name}: this build on this processor ({platform.machine()}) has no such loops",
+            kind="no-kernel",
+            hints=(f"here: {', '.join([REFERENCE, *loops_available()])}; unset it to use the fastest",),
+        )
+    return Loops[name]
+
+
+def loops_available() -> list[str]:
+    """Names of the loops of merging that run here; none when the native core is not built."""
+    if _loaded is None:
+        return []
+    return [kind.name for kind in Loops if kind and _loaded.loops_available(kind)]
 
 
 def coders_available() -> list[str]:
@@ -161,7 +199,7 @@ def kernel_info() -> dict[str, Any]:
     else:
         runs = name or CrcKernel(native().kernel_auto()).name
         crc_kernel()
-    chosen = coder()
+    chosen, merging = coder(), loops()
     built: dict[str, Any] = {} if _loaded is None else _loaded.build_info()
     return {
         "native": _loaded is not None,
@@ -172,6 +210,8 @@ def kernel_info() -> dict[str, Any]:
         "crc32c_available": available(),
         "coder": REFERENCE if chosen is None else (chosen or Coder(native().coder_auto())).name,
         "coders_available": coders_available(),
+        "loops": REFERENCE if merging is None else (merging or Loops(native().loops_auto())).name,
+        "loops_available": loops_available(),
         "isal_library": (_loaded.coder_isal_library() or None) if _loaded is not None else None,
         "machine": platform.machine(),
         "compiler": built.get("compiler"),

@@ -270,6 +270,9 @@ def _blocks(
     block_bytes: int,
 ) -> tuple[Int64Array, Int64Array, Int64Array, NDArray[np.uint32], Int64Array]:
     """Blocks to verify: (chunk, start, stop, crc, fragment), each once per chunk, sorted by chunk."""
+    if not fragments.are_checked:
+        none = np.empty(0, np.int64)
+        return none, none, none, np.empty(0, np.uint32), none
     counts = last - first + 1
     in_fragment = np.repeat(first, counts) + arange_per(counts)
     owner = np.repeat(fragment, counts)

@@ -1,5 +1,5 @@
-/* The contract of ckpt's native core: n-d box copy, CRC-32C, both fused, writes to files, verified reads of them, and erasure
- * coding.
+/* The contract of ckpt's native core: n-d box copy, CRC-32C, both fused, writes to files, verified reads of them, erasure coding,
+ * and the arithmetic of merging.
  *
  * All sizes, strides and limits are bytes; limits and stops are exclusive. Every function is thread safe, keeps no state
  * between calls, allocates no memory of its own (worker threads aside), and answers with a status instead of an exception.
@@ -221,6 +221,106 @@ ckpt_status ckpt_code_blocks(ckpt_coder coder, ckpt_kernel kernel, const ckpt_co
 
 /* For benchmarks: the same by ISA-L's own ec_encode_data and nothing else: no checks, no short sources, no sums, no add. */
 ckpt_status ckpt_code_isal_raw(const ckpt_coding *coding);
+
+/* Merging. Elements of any float dtype are widened to double, computed with, and rounded once, to nearest even. Every product, sum
+ * and quotient is rounded on its own (no fused multiply-add) and sums have a fixed order, so that a result has the same bits on
+ * every processor, with every kernel and on any number of threads. Elements need not be aligned. */
+#define CKPT_MERGE_SOURCES_MAX 256 /* of one call */
+#define CKPT_SUM_BLOCK 2048        /* elements of one block of a sum */
+
+typedef enum ckpt_float CKPT_ENUM_BASE {
+  CKPT_F64 = 1,
+  CKPT_F32 = 2,
+  CKPT_F16 = 3,
+  CKPT_BF16 = 4,
+  CKPT_F8_E4M3FN = 5,
+  CKPT_F8_E5M2 = 6,
+  CKPT_F8_E4M3FNUZ = 7,
+  CKPT_F8_E5M2FNUZ = 8
+} ckpt_float;
+
+typedef enum ckpt_loops CKPT_ENUM_BASE {
+  CKPT_LOOPS_AUTO = 0, /* the fastest that this processor has */
+  CKPT_LOOPS_PORTABLE = 1,
+  CKPT_LOOPS_AVX2 = 2,
+  CKPT_LOOPS_AVX512 = 3
+} ckpt_loops;
+
+int32_t ckpt_loops_available(ckpt_loops loops);
+ckpt_loops ckpt_loops_auto(void);
+
+/* K parts, each a weighted sum of the same elements of S sources, over a divisor. */
+typedef struct ckpt_mix_parts {
+  const uint64_t *source;      /* [K, S] address, 0: this source has no share in this part and is not read */
+  const int32_t *dtype;        /* [K, S] ckpt_float; not looked at where there is no address */
+  const double *weight;        /* [K, S] */
+  const int64_t *length;       /* [K] elements */
+  const double *divisor;       /* [K, 2] high and low part; 1 and 0: the sum is not divided */
+  const uint64_t *sum;         /* [K] address of `length` doubles (twice as many where `exact`) for sums in the making, 0: none */
+  const uint64_t *target;      /* [K] address, 0: the sum is kept in `sum` and nothing is made of it yet */
+  const int32_t *target_dtype; /* [K] ckpt_float */
+  const uint8_t *exact;        /* [K] 1: summed with a compensation term, for sources of 64 bits */
+  int64_t num_parts;           /* K */
+  int32_t num_sources;         /* S, 1 to CKPT_MERGE_SOURCES_MAX */
+  int32_t go_on;               /* 1: `sum` holds the sum of sources before these; parts without `sum` are then refused */
+  int32_t num_threads;
+} ckpt_mix_parts;
+
+/* target[k] = round((w0 * x0 + w1 * x1 + ...) / divisor), the sources in their order, the first product not added to zero (so that
+ * -0 stays). bad[k] = 1 where an element of the target is NaN or infinite, else 0; not touched without a target. A part in which no
+ * source has a share, unless it goes on, is refused: `bad_part` is it, else -1. Targets and sums are disjoint from the sources and
+ * from each other, which is not checked. */
+ckpt_status ckpt_mix(ckpt_loops loops, const ckpt_mix_parts *parts, uint8_t *bad, int64_t *bad_part);
+
+/* Whether all elements are finite: 1 or 0. */
+ckpt_status ckpt_all_finite(ckpt_loops loops, uint64_t source, ckpt_float dtype, int64_t length, int32_t *out);
+
+/* The same elements of S sources, and of a base that is subtracted from each (address 0: none). */
+typedef struct ckpt_tile {
+  const uint64_t *source; /* [S] address */
+  const int32_t *dtype;   /* [S] ckpt_float */
+  int32_t num_sources;    /* S, 1 to CKPT_MERGE_SOURCES_MAX */
+  uint64_t base;
+  ckpt_float base_dtype;
+  int64_t length;         /* elements */
+  int32_t num_threads;
+} ckpt_tile;
+
+/* How often each value occurs of some bits of the magnitude, rounded to float (its 31 bits below the sign): for every element with
+ * (magnitude >> shift) >> bits equal to prefix[s], or any where that is negative, bins[s][(magnitude >> shift) & (2^bits - 1)] += 1.
+ * `bins` is [S, 2^bits] and added to. A thread takes whole sources. */
+ckpt_status ckpt_histogram(ckpt_loops loops, const ckpt_tile *tile, int32_t shift, int32_t bits, const int64_t *prefix,
+                           uint64_t *bins);
+
+/* Sums have this order: the elements of a block of CKPT_SUM_BLOCK go by their number modulo 8 to eight sums, in rising order;
+ * these are added as ((0+4)+(2+6)) + ((1+5)+(3+7)); and the blocks one after the other. `scratch` has room for the sums of
+ * all blocks: ceil(length / CKPT_SUM_BLOCK) times as many doubles as `out`.
+ *
+ * out[s, t] = sum of x_s * x_t, symmetric, [S, S]. */
+ckpt_status ckpt_gram(ckpt_loops loops, const ckpt_tile *tile, double *scratch, double *out);
+
+/* out[s] = sum of x, of |x|, of x * x, and the greatest |x|, [S, 4]. */
+ckpt_status ckpt_moments(ckpt_loops loops, const ckpt_tile *tile, double *scratch, double *out);
+
+typedef enum ckpt_ties_mode CKPT_ENUM_BASE { CKPT_TIES_MEAN = 0, CKPT_TIES_SUM = 1, CKPT_TIES_MAX = 2 } ckpt_ties_mode;
+
+typedef struct ckpt_ties_rule {
+  const uint32_t *threshold; /* [S] a delta counts when its magnitude as a float has at least these bits */
+  const double *weight;      /* [S] */
+  double scale;
+  ckpt_ties_mode mode;
+  int32_t zero_sign;         /* the sign where the deltas cancel: 1, -1, or 0: the element of the base stays */
+} ckpt_ties_rule;
+
+/* TIES (trim, elect sign, merge): target = round(base + scale * merged), where merged is, of the deltas that count, times their
+ * weight, and have the sign of the sum of all that count: their sum over the sum of their weights, their sum, or the greatest.
+ * With target 0 only sign_sum = the sum of the signs of these sums, over all elements. `bad` as in ckpt_mix. */
+ckpt_status ckpt_ties(ckpt_loops loops, const ckpt_tile *tile, const ckpt_ties_rule *rule, uint64_t target,
+                      ckpt_float target_dtype, int64_t *sign_sum, uint8_t *bad);
+
+/* out[i] = a number in [0, 1) with 32 bits for element `first + i`: Philox 4x32-10 (Salmon et al. 2011) with this key and the counter
+ * (number / 4, 0), its word number % 4, over 2^32. */
+ckpt_status ckpt_uniform(ckpt_loops loops, uint64_t key, uint64_t first, int64_t length, double *out);
 
 /* How this library was built, for reports: "GCC 12.2.0", "Release", "" or "address". */
 const char *ckpt_build_compiler(void);

@@ -17,7 +17,7 @@ import pytest
 
 from ckpt import kernels
 from ckpt.errors import InvalidInputError
-from ckpt.kernels import choice, erasure, reference
+from ckpt.kernels import choice, erasure, merge, reference
 
 TREE = Path(__file__).resolve().parents[2]
 CONTRACT = (TREE / "native/include/ckpt_core.h").read_text()
@@ -76,11 +76,26 @@ def test_numbers_equal_those_of_the_header() -> None:
     crc_kernels = {name.lower(): int(value) for name, value in re.findall(r"CKPT_KERNEL_(\w+) = (\d+)", CONTRACT)}
     assert {name: int(value) for name, value in choice.Status.__members__.items()} == statuses
     coders = {name.lower(): int(value) for name, value in re.findall(r"CKPT_CODER_(\w+) = (\d+)", CONTRACT)}
+    loops = {name.lower(): int(value) for name, value in re.findall(r"CKPT_LOOPS_(\w+) = (\d+)", CONTRACT)}
     codes = {name.lower(): int(value) for name, value in re.findall(r"CKPT_CODE_(\w+) = (\d+)", CONTRACT)}
     assert {name: int(value) for name, value in choice.CrcKernel.__members__.items()} == crc_kernels
     assert {name: int(value) for name, value in choice.Coder.__members__.items()} == coders
+    assert {name: int(value) for name, value in choice.Loops.__members__.items()} == loops
+    ties = {name.lower(): int(value) for name, value in re.findall(r"CKPT_TIES_(\w+) = (\d+)", CONTRACT)}
+    floats = dict(re.findall(r"CKPT_([FB][F0-9]+[A-Z0-9_]*) = (\d+)", CONTRACT))
+    assert {name: int(value) for name, value in merge.TiesMode.__members__.items()} == ties
+    assert {_short(name): int(value) for name, value in merge.FloatDtype.__members__.items()} == {
+        name: int(value) for name, value in floats.items()
+    }
+    assert f"#define CKPT_MERGE_SOURCES_MAX {merge.SOURCES_MAX} " in CONTRACT
+    assert f"#define CKPT_SUM_BLOCK {merge.SUM_BLOCK} " in CONTRACT
     assert {name: int(value) for name, value in erasure.CodeId.__members__.items()} == codes
     assert f"#define CKPT_DIMS_MAX {reference.DIMS_MAX} " in CONTRACT
+
+
+def _short(dtype: str) -> str:
+    """`float8_e4m3fn` as the header calls it: `F8_E4M3FN`."""
+    return dtype.replace("bfloat", "BF").replace("float", "F").upper()
 
 
 def test_stub_names_what_the_module_has() -> None:
