@@ -111,7 +111,7 @@ def _end_silent(where: Places, identity: Identity) -> None:
         command = Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0")
     except (OSError, ValueError):
         return
-    if not any(word in command for word in (b"ckpt.agent", identity.run_id.hex.encode())):
+    if not all(word in command for word in (b"ckpt.agent", identity.run_id.hex.encode())):
         return
     _log.warning("the agent of seat %d, pid %d, does not answer; another one takes its place", identity.rank, pid)
     end(pid)
