@@ -105,7 +105,7 @@ def end(pid: int) -> None:
 
 
 def _end_silent(where: Places, identity: Identity) -> None:
-    """The process that holds the rank's lock and does not answer makes way, if it is an agent of this run that can be seen from here."""
+    """The process that holds the rank's lock and does not answer makes way, if it is an agent of this run and can be seen."""
     try:
         pid = int(where.lock.read_text(encoding="ascii"))
         command = Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0")
