@@ -5,6 +5,7 @@ Method: one rank with a real agent, in this process. The driver of CUDA is playe
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import gc
 from collections.abc import Callable, Iterator
@@ -132,6 +133,37 @@ def test_an_image_that_is_damaged_in_memory_while_it_is_stored_never_becomes_a_c
     assert find.steps(open_store(tmp_path / "run", options=Options())) == []
     with pytest.raises(SaveFailedError, match="damaged in memory"):
         checkpointer.close()
+
+
+@pytest.mark.parametrize(("goes_on_from", "outcome", "stored"), [(1, "failed", []), (2, "stored", [2])])
+def test_a_flush_that_is_left_over_is_given_up_if_the_job_comes_back_from_an_earlier_step(
+    make: Make,
+    folders: Options,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    goes_on_from: int,
+    outcome: str,
+    stored: list[int],
+) -> None:
+    monkeypatch.setenv("CKPT_FAILPOINT", "agent.in-flush:delay=4@1")
+    options = dataclasses.replace(folders, chunk_bytes=64 * 1024)
+    checkpointer = make(every=2, options=options)
+    monkeypatch.delenv("CKPT_FAILPOINT")
+    checkpointer.prepare(state(0))
+    checkpointer.step(2, state(2))
+    until(lambda: any((tmp_path / "run").glob("step-*/*/*.safetensors*")))
+    with contextlib.suppress(SaveFailedError):  # nobody waits for what the agent goes on with
+        leave(checkpointer)
+    tier = make(every=2, options=options)._tier
+    assert isinstance(tier, Tier) and tier._client is not None
+    client = tier._client
+    (step_, attempt, world, done), *_ = client.call("flushes")[0]["flushes"]
+    assert (step_, world, done) == (2, 1, False)
+    client.call("choose", {"goes_on_from": goes_on_from})
+    found = {"step": step_, "attempt": attempt}
+    until(lambda: client.call("stored", found)[0]["state"] != "running")
+    assert client.call("stored", found)[0]["state"] == outcome
+    assert find.steps(open_store(tmp_path / "run", options=Options())) == stored
 
 
 class Cudart:
