@@ -25,9 +25,9 @@ from ckpt.agent.server import Call
 from ckpt.commit import names
 from ckpt.commit.complete import Completion
 from ckpt.commit.waiting import SystemClock
-from ckpt.errors import AgentError, CheckpointError, InvalidInputError, SaveFailedError, first_line
+from ckpt.errors import AgentError, CheckpointError, DamagedError, InvalidInputError, SaveFailedError, first_line
 from ckpt.events import Timeline
-from ckpt.kernels import set_thread_nice
+from ckpt.kernels import crc32c, crc32c_combine, set_thread_nice
 from ckpt.store.base import Store
 from ckpt.store.open import open_store
 from ckpt.store.rate import TokenBucket
@@ -213,7 +213,7 @@ class Flush:
 
         with completion.telling_others(card.step, card.attempt):
             key = f"{names.attempt_folder(card.step, card.attempt)}/{names.image_name(card.rank, card.world)}"
-            self._write_image(store, rate, key, payload[: card.image_bytes], options, check)
+            self._write_image(store, rate, key, payload[:nbytes], card, options, check)
 
         def rest() -> bool:
             with completion.telling_others(card.step, card.attempt):
@@ -226,10 +226,14 @@ class Flush:
         store: Store,
         rate: TokenBucket,
         key: str,
-        image: memoryview,
+        held: memoryview,
+        card: Card,
         options: config.Options,
         check: Callable[[], None],
     ) -> None:
+        """The image, the first bytes of the blob `held`. Not durable if the blob is not what was sealed: a bit that flipped in
+        memory would make a checkpoint that cannot be read, and be newer than all that can."""
+        image, crc = held[: card.image_bytes], 0
         writer = store.open_writer(key, nbytes=len(image))
         write = getattr(writer, "write_lasting", writer.write)
         try:
@@ -237,8 +241,17 @@ class Flush:
                 check()
                 part = image[low : low + options.chunk_bytes]
                 time.sleep(rate.take(len(part), now_s=time.monotonic()))
+                crc = crc32c_combine(crc, crc32c(part), len(part))
                 write(part)
                 failpoints.hit("agent.in-flush")
+            rest = held[card.image_bytes :]
+            found = crc32c_combine(crc, crc32c(rest), len(rest))
+            if found != card.crc32c:
+                raise DamagedError(
+                    f"the image of step {card.step} of rank {card.rank} was damaged in memory and is not stored: "
+                    f"expected crc32c {card.crc32c:08x}, found {found:08x}",
+                    kind="bad-checksum",
+                )
             writer.commit()
         except BaseException:
             writer.abort()

@@ -30,6 +30,7 @@ from ckpt.engine.worker import Worker
 from ckpt.errors import AgentError, CheckpointError, PeerError, SaveFailedError
 from ckpt.snapshot import pinned as pins
 
+_SUMMED_BYTES_PER_S = 200e6  # at least, by an agent on a busy machine
 _POLL_S = (0.002, 0.1)  # between two questions to the agent: at first, and at most
 _REVIVE_S = 10.0  # between two attempts to start an agent that has died
 _CLOSE_S = 5.0  # for threads that may wait for an agent that does not answer
@@ -295,7 +296,9 @@ class OwnAgent:
             "blob_bytes": blob_bytes,
             "changed": changed,
         }
-        taken.client.call("keep", params)
+        # It sums up the blob first.
+        timeout_s = self._options.agent_call_timeout_s + blob_bytes / _SUMMED_BYTES_PER_S
+        taken.client.call("keep", params, timeout_s=timeout_s)
 
     def flush(self, memory: NDArray[np.uint8]) -> None:
         """As Keeper.flush."""

@@ -105,13 +105,13 @@ def end(pid: int) -> None:
 
 
 def _end_silent(where: Places, identity: Identity) -> None:
-    """The process that holds the rank's lock and does not answer makes way, if it is an agent that can be seen from here."""
+    """The process that holds the rank's lock and does not answer makes way, if it is an agent of this run and can be seen."""
     try:
         pid = int(where.lock.read_text(encoding="ascii"))
         command = Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0")
     except (OSError, ValueError):
         return
-    if not all(word in command for word in (b"ckpt.agent", identity.run_id.hex.encode())):
+    if identity.run_id.hex.encode() not in command:
         return
     _log.warning("the agent of seat %d, pid %d, does not answer; another one takes its place", identity.rank, pid)
     end(pid)

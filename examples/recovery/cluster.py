@@ -68,7 +68,7 @@ class Cluster:
     def __init__(self, network: Network, out: Path, arguments: Sequence[str]) -> None:
         self._network, self._out, self._arguments = network, out, list(arguments)
         self._runtime = Path(tempfile.mkdtemp(prefix="ckd", dir="/tmp"))
-        self._memory = Path(tempfile.mkdtemp(prefix="ckpt-demo-", dir="/dev/shm"))
+        self._memory = Path(tempfile.mkdtemp(prefix=f"ckpt-demo-{os.getpid()}-", dir="/dev/shm"))
         self._store = dist.TCPStore("0.0.0.0", 0, is_master=True, wait_for_workers=False)
         self.nodes: dict[str, Node] = {}
         self._count = 0

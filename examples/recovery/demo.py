@@ -26,8 +26,9 @@ from examples.recovery.network import make_network
 from examples.recovery.train import undisturbed
 
 STORE_EVERY, MEMORY_EVERY, PARITY = 20, 2, 2
-BACK_S = 180.0  # the longest that the job may be away
-PRODUCTS = ("logs", "run", "report.json")
+BACK_S = 300.0  # the longest that the job may be away
+AHEAD = 10  # steps from the last fault to the end
+PRODUCTS = ("logs", "run", "report.json", "last-step")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,8 +62,8 @@ class DemoError(Exception):
 class Story:
     """The faults, one after the other, and what came of them."""
 
-    def __init__(self, cluster: Cluster, out: Path, steps: int) -> None:
-        self._cluster, self._out, self._steps = cluster, out, steps
+    def __init__(self, cluster: Cluster, out: Path) -> None:
+        self._cluster, self._out = cluster, out
         self._start_s = time.time()
         self._events: list[dict[str, Any]] = []
         self._read: dict[Path, int] = {}  # bytes of a log that are in `_events`
@@ -134,9 +135,13 @@ class Story:
         agents = node.agents()
         wait_until(lambda: not any(map(is_alive, agents)), BACK_S, f"the agent of {node.name} lives on")
 
-    def end(self) -> None:
-        """The job comes to its end by itself."""
+    def end(self) -> int:
+        """Let the job come to its end by itself; its last step."""
         nodes = list(self._cluster.nodes.values())
+        last = _reached(self.events()) + AHEAD
+        new = self._out / "last-step.new"
+        new.write_text(str(last))
+        new.rename(self._out / "last-step")
         wait_until(lambda: all(node.torchrun.poll() is not None for node in nodes), BACK_S, "the job does not end")
         codes = [node.torchrun.returncode for node in nodes]
         if any(codes):
@@ -147,6 +152,7 @@ class Story:
             END_S,
             "shared memory is left",
         )
+        return last
 
     def losses(self) -> dict[int, list[float]]:
         """By step, as often as it was done."""
@@ -270,21 +276,20 @@ def main() -> int:
         signal.signal(number, _interrupt)  # so that its nodes end with it
     out: Path = given.out.resolve()
     _clear(out)
-    steps = 40 if given.quick else 140
     start_s = time.monotonic()
     network, what = make_network(loopback=given.loopback)
     print(f"nodes: {what}\n{HEAD}", flush=True)
     arguments = {
-        "--checkpoints": out / "run", "--steps": steps, "--every": STORE_EVERY, "--memory-every": MEMORY_EVERY,
+        "--checkpoints": out / "run", "--last": out / "last-step", "--every": STORE_EVERY, "--memory-every": MEMORY_EVERY,
         "--parity": PARITY, "--pause": 0.05,
     }  # fmt: skip
     words = [str(word) for pair in arguments.items() for word in pair]
     cluster: Cluster | None = None
     try:
         cluster = Cluster(network, out, words)
-        story = Story(cluster, out, steps)
+        story = Story(cluster, out)
         tell(story, quick=given.quick)
-        story.end()
+        steps = story.end()
         problems = [f"{row.event}: {problem}" for row in story.rows for problem in row.problems]
         problems += compare(story.losses(), undisturbed(steps))
         _write(story, out / "report.json", what, problems)

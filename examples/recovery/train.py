@@ -9,7 +9,9 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import itertools
 import json
+import math
 import os
 import time
 from datetime import timedelta
@@ -64,6 +66,14 @@ def undisturbed(steps: int) -> dict[int, float]:
     return {step: train_step(model, optimizer, step) for step in range(1, steps + 1)}
 
 
+def last_step(path: Path) -> float:
+    """The step to end with, once the file says so. Whoever writes it names one that lies ahead: all ranks then see it in time."""
+    try:
+        return int(path.read_text())
+    except FileNotFoundError:
+        return math.inf
+
+
 def _gradients(model: nn.Module, step: int, number: int) -> torch.Tensor:
     """Loss and gradients of one micro-batch, flat."""
     generator = torch.Generator().manual_seed(1000 * step + number)
@@ -106,7 +116,9 @@ def main() -> None:
         restored = None if checkpointer.restored is None else dataclasses.asdict(checkpointer.restored)
         log.tell("restored", rank=rank, world=world, restored=restored)
         waiting: list[ckpt.PendingSave] = []
-        for step in range(first + 1, given.steps + 1):
+        for step in itertools.count(first + 1):
+            if step > last_step(given.last):
+                break
             loss = train_step(model, optimizer, step, group)
             log.tell("step", rank=rank, step=step, loss=loss)
             pending = checkpointer.step(step, state)
@@ -124,7 +136,7 @@ def _parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--checkpoints", required=True)
     parser.add_argument("--events", type=Path, required=True)
-    parser.add_argument("--steps", type=int, required=True)
+    parser.add_argument("--last", type=Path, required=True, help="file that will name the last step")
     parser.add_argument("--every", type=int, default=20)
     parser.add_argument("--memory-every", type=int, default=2)
     parser.add_argument("--parity", type=int, default=2)

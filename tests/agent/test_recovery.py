@@ -156,6 +156,14 @@ def test_job_goes_on_with_the_nodes_that_are_left(scene: Scene, layout: str) -> 
     assert scene.losses == (expected if layout == "replicated" else pytest.approx(expected, rel=1e-4))
 
 
+def test_ranks_may_come_back_in_another_order_and_with_one_node_more(scene: Scene) -> None:
+    nodes = [scene.nodes.add() for _ in range(3)]
+    scene.train_and_kill(nodes, 5)
+    restored = scene.restore([nodes[2], scene.nodes.add(), nodes[0], nodes[1]], 8)
+    assert (what(restored), restored["decoded_nbytes"]) == (("memory", 4, ()), 0)
+    assert scene.losses == {step: loss for step, loss in undisturbed(8).items() if step > 4}
+
+
 def test_fewer_ranks_than_parity_needs_go_on_with_less_parity(scene: Scene) -> None:
     nodes = [scene.nodes.add() for _ in range(4)]
     scene.train_and_kill(nodes, 5, parity=2)

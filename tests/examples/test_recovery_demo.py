@@ -19,8 +19,7 @@ from examples.recovery.network import make_network
 from examples.recovery.train import undisturbed
 
 ROOT = Path(__file__).resolve().parents[2]
-DEMO_S = 450.0  # about 125 on 2 idle cores, 45 of the short one
-
+DEMO_S = 800.0  # about 125 on 2 idle cores, 45 of the short one; 380 beside a load of 12
 
 QUICK = [(None, 4), ("memory", 4), ("memory", 3)]
 FULL = [*QUICK, ("memory", 4), ("memory", 4), ("store", 3)]
@@ -28,7 +27,7 @@ FULL = [*QUICK, ("memory", 4), ("memory", 4), ("store", 3)]
 
 @pytest.mark.slow
 @pytest.mark.multirank
-@pytest.mark.timeout(480)
+@pytest.mark.timeout(840)
 @pytest.mark.parametrize(("network", "expected"), [("namespaces", FULL), ("loopback", QUICK)])
 def test_demo_comes_back_each_time(tmp_path: Path, network: str, expected: list[tuple[str | None, int]]) -> None:
     command = [sys.executable, str(ROOT / "examples/recovery/demo.py"), "--out", str(tmp_path)]
@@ -39,13 +38,23 @@ def test_demo_comes_back_each_time(tmp_path: Path, network: str, expected: list[
             pytest.skip(what)
     else:
         command += ["--quick", "--loopback"]
-    before = set(Path("/dev/shm").glob("ckpt-demo-*"))
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=DEMO_S, check=False)
-    assert done.returncode == 0, done.stdout + done.stderr
+    pid, code, said = run(command)
+    assert code == 0, said
     rows = json.loads((tmp_path / "report.json").read_text())["timeline"]
     found = [(row["restored"] and row["restored"]["tier"], row["ranks"]) for row in rows]
     assert found == expected or found[4] == ("store", 4)  # a save that ended just then is newer than what memory has
-    assert set(Path("/dev/shm").glob("ckpt-demo-*")) <= before
+    assert list(Path("/dev/shm").glob(f"ckpt-demo-{pid}-*")) == []
+
+
+def run(command: list[str]) -> tuple[int, int, str]:
+    """Pid, exit code, and what it said."""
+    with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as process:
+        try:
+            said, _ = process.communicate(timeout=DEMO_S)
+        except subprocess.TimeoutExpired:
+            process.terminate()  # its nodes end with it
+            raise
+        return process.pid, process.returncode, said
 
 
 def row(**restored: Any) -> Row:
