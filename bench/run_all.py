@@ -27,6 +27,7 @@ BENCHMARKS = (
     "s3",
     "erasure",
     "transport",
+    "merge",
     "memory_tier",
     "memory_pace",
     "agent_memory",
