@@ -69,7 +69,7 @@ def _fixed_bytes(options: Options) -> int:
 
 
 def _has_units(plan: MergePlan) -> bool:
-    return any(bound.num_passes and bound.needs.scope == "tensor" for bound in plan.bounds)
+    return any(bound.num_passes and bound.needs.per_tensor for bound in plan.bounds)
 
 
 def estimate(plan: MergePlan, limits: Limits, workers: int, options: Options) -> Estimate:
