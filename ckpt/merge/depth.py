@@ -70,7 +70,8 @@ class Depth:
             dims = len(one.tensor.shape)
             if self.is_stacked(one.tensor.name) and not -dims <= self.axis < dims:
                 raise InvalidInputError(
-                    f"`{one.tensor.name}` {list(one.tensor.shape)} has no axis {self.axis} to hold layers", kind="no-layers"
+                    f"`{one.tensor.name}` {list(one.tensor.shape)} has no axis {self.axis} to hold layers",
+                    kind="no-layers",
                 )
 
     def is_stacked(self, name: str) -> bool:

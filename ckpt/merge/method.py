@@ -164,7 +164,9 @@ class SourceTensor:
     tensor: TensorSpec  # of the result
     source: str  # label
     slots: Mapping[str, TensorSpec]  # of those that the method needs, the ones there are
-    hyperparameters: Callable[[], Mapping[str, float]]  # of the optimizer, of this parameter; reads an object of the source
+    hyperparameters: Callable[
+        [], Mapping[str, float]
+    ]  # of the optimizer, of this parameter; reads an object of the source
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -11,12 +11,13 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 import numpy as np
+from numpy.typing import NDArray
 
 from ckpt.errors import InvalidInputError
 from ckpt.format.spec import TensorSpec
 from ckpt.merge.depth import Depth
 from ckpt.merge.method import Constants, Context, Float64Array, Order, Scope, SourceTensor, Summary
-from ckpt.merge.stages.stage import Stage, Work, stage, summed
+from ckpt.merge.stages.stage import Mask, Stage, Work, stage, summed
 
 
 def check_sum_of_weights(context: Context) -> None:
@@ -131,9 +132,12 @@ class Ram(Stage):
             alone = alone + np.where(one, values * factor, 0.0)
         work.merged = np.where(owners > 1, shared / np.maximum(owners, 1), alone)
 
-    def _has(self, work: Work) -> tuple[list[np.ndarray], np.ndarray]:
-        has = [np.abs(values) > self.least for values in work.values]
-        return has, np.sum(has, axis=0, dtype=np.int32)
+    def _has(self, work: Work) -> tuple[list[Mask], NDArray[np.int32]]:
+        has: list[Mask] = [np.abs(values) > self.least for values in work.values]
+        owners = np.zeros(work.tile.box.lengths, np.int32)
+        for one in has:
+            owners += one
+        return has, owners
 
 
 @stage("combine", "layer_swap")

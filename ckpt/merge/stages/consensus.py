@@ -94,7 +94,9 @@ class Tall(Stage):
     def check(self, context: Context) -> None:
         num = len(context.sources)
         if self.thresholds is not None and len(self.thresholds) != num:
-            raise InvalidInputError(f"{len(self.thresholds)} thresholds are given for {num} sources", kind="wrong-number")
+            raise InvalidInputError(
+                f"{len(self.thresholds)} thresholds are given for {num} sources", kind="wrong-number"
+            )
         if self.least > num:
             raise InvalidInputError(
                 f"{self.title} wants {self.least} of {num} sources: nothing would be left", kind="wrong-number"

@@ -89,7 +89,9 @@ class Moments:
                 f"the bias of second moments can be corrected in some sources and not in others: of {len(mixed)} parameters, "
                 f"the first `{mixed[0]}`, not every source says its step and beta2",
                 kind="no-hyperparameters",
-                hints=("`bias_correction: never` takes them as they are: right where all sources are far into training",),
+                hints=(
+                    "`bias_correction: never` takes them as they are: right where all sources are far into training",
+                ),
             )
 
     def _has_moment(self, one: SourceTensor) -> bool:

@@ -141,8 +141,8 @@ class Lines(_ByDepth):
     """LiNeS: from `alpha` at the first layer up to `alpha + beta` at the last one, and `alpha` outside of all layers.
 
     Args:
-        alpha: `auto`: of one source 0.1; of N sources 1/N times the ratio of two L1 norms over the model, that of the sum of their
-            changes and that of the merged one, so that the first layers keep the size of a mean.
+        alpha: `auto`: of one source 0.1; of N sources 1/N times the ratio of two L1 norms over the model, that of the sum of
+            their changes and that of the merged one, so that the first layers keep the size of a mean.
         beta: 1 - alpha of one source; of several it must be given.
     """
 

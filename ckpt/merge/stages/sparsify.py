@@ -1,7 +1,7 @@
 """Stages that choose which elements of each source's change take part.
 
-In: the changes of one tile. Out: masks. A share is of all elements of the scope, in each source by itself. Magnitudes are compared
-as float32; equal ones share their fate. Pure.
+In: the changes of one tile. Out: masks. A share is of all elements of the scope, in each source by itself. Magnitudes are
+compared as float32; equal ones share their fate. Pure.
 """
 
 from __future__ import annotations
@@ -282,7 +282,8 @@ class Saliency(Moments, Stage):
 
     def _mask(self, root: Float64Array, source: int, constants: Constants) -> Mask:
         if self.least is not None:
-            return root * root >= self.least
+            enough: Mask = root * root >= self.least
+            return enough
         return sizes_of(root) >= as_sizes(constants["bits"][0])[source]
 
     def _roots(self, work: Work) -> list[Float64Array] | None:

@@ -1,7 +1,7 @@
 """What a stage of the task-vector pipeline is, and how a recipe says one: `{sparsify: top_k, keep: 0.2}`.
 
-In: nodes of a recipe. Out: stages. A stage is a frozen dataclass whose fields are its parameters. It changes a `Work`: the changes
-of all sources in one tile, from which some stage makes one. Pure; sees arrays alone.
+In: nodes of a recipe. Out: stages. A stage is a frozen dataclass whose fields are its parameters. It changes a `Work`: the
+changes of all sources in one tile, from which some stage makes one. Pure; sees arrays alone.
 
     sparsify   which elements of each source's change take part
     rescale    what makes up for those that do not
@@ -180,18 +180,21 @@ class Stage:
                 f"a stage is said by one of {', '.join(FAMILIES)}, found {', '.join(said) or ', '.join(entries) or 'none'}",
                 "for example {sparsify: top_k, keep: 0.2}",
             )
-        kind, parameters = _kind_of(said[0], entries.pop(said[0])), entries
-        if kind == "constant" and said[0] == "scale" and isinstance(node.entries("a stage")["scale"].value, (int, float)):
-            parameters = {"by": node.entries("a stage")["scale"], **entries}
-        found = known_stages()[said[0], kind]
-        return instance(found, f"stage `{said[0]}: {kind}`", parameters, node)
+        family = said[0]
+        named = entries.pop(family)
+        if family == "scale" and isinstance(named.value, (int, float)) and not isinstance(named.value, bool):
+            kind, entries = (
+                "constant",
+                {"by": named, **entries},
+            )  # `scale: 0.5` is short for `{scale: constant, by: 0.5}`
+        else:
+            kind = _kind_of(family, named)
+        return instance(known_stages()[family, kind], f"stage `{family}: {kind}`", entries, node)
 
 
 def _kind_of(family: str, node: Node) -> str:
-    """The kind of a stage. `scale: 0.5` is short for `{scale: constant, by: 0.5}`."""
+    """The kind of a stage; one that there is."""
     kinds = [kind for of, kind in known_stages() if of == family]
-    if family == "scale" and isinstance(node.value, (int, float)) and not isinstance(node.value, bool):
-        return "constant"
     kind = node.text(f"`{family}`")
     if kind not in kinds:
         raise node.fail(f"unknown stage `{family}: {kind}`", nearest(kind, kinds))
