@@ -284,7 +284,8 @@ class Saliency(Moments, Stage):
         if self.least is not None:
             enough: Mask = root * root >= self.least
             return enough
-        return sizes_of(root) >= as_sizes(constants["bits"][0])[source]
+        reached: Mask = sizes_of(root) >= as_sizes(constants["bits"][0])[source]
+        return reached
 
     def _roots(self, work: Work) -> list[Float64Array] | None:
         """Square roots of saliencies, which float32 has the range for; None: of a tensor without moments."""
