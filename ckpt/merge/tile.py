@@ -6,6 +6,7 @@ stored, for native loops. Never reads a file; one thread at a time.
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -110,6 +111,16 @@ class Tile:
         text = f"{self.context.seed}\0{self.sources[source].id}\0{self.name}".encode()
         key = int.from_bytes(hashlib.blake2b(text, digest_size=8).digest(), "little")
         return kernels.uniform(key, self.first, self.box.volume).reshape(self.box.lengths)
+
+    def as_row(self) -> Tile:
+        """A tile of a scalar as one of a row: NumPy makes numbers, not arrays, of 0-d arrays. Any other as it is."""
+        if self.shape:
+            return self
+        slots = {
+            name: tuple(one if one is None or one.whole else dataclasses.replace(one, shape=(1,)) for one in found)
+            for name, found in self.slots.items()
+        }
+        return dataclasses.replace(self, shape=(1,), box=Box(offsets=(0,), lengths=(1,)), slots=slots)
 
     def part(self, box: Box) -> Tile:
         """The elements of a run inside this tile; `box` counts from its first corner. Whole slots stay whole."""

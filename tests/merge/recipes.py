@@ -9,7 +9,6 @@ from __future__ import annotations
 import hashlib
 import re
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -58,7 +57,9 @@ def top_k(models: Sequence[Model], keep: float, scope: str) -> list[Model]:
 
 
 def band(models: Sequence[Model], keep: float, out: float, scope: str) -> list[Model]:
-    return [ranked(one, lambda n: int(out * n) + 1, lambda n: int(out * n) + max(1, int(keep * n)), scope) for one in models]
+    return [
+        ranked(one, lambda n: int(out * n) + 1, lambda n: int(out * n) + max(1, int(keep * n)), scope) for one in models
+    ]
 
 
 def row_band(models: Sequence[Model], keep: float, out: float) -> list[Model]:
@@ -98,7 +99,9 @@ def row_chances(array: Array, keep: float, spread: float) -> Array:
     return keep - spread + 2 * spread * ranks / (length - 1)
 
 
-def rescaled(before: Sequence[Model], after: Sequence[Model], kind: str, keep: float, scope: str = "tensor") -> list[Model]:
+def rescaled(
+    before: Sequence[Model], after: Sequence[Model], kind: str, keep: float, scope: str = "tensor"
+) -> list[Model]:
     """`l1` and `l2`: as great a norm as before."""
     if kind in ("none", "inverse_keep"):
         return [{n: a / (keep if kind == "inverse_keep" else 1.0) for n, a in one.items()} for one in after]
@@ -108,7 +111,9 @@ def rescaled(before: Sequence[Model], after: Sequence[Model], kind: str, keep: f
         made: Model = {}
         for names in groups_of(list(new), scope):
             norms = [
-                np.linalg.norm(np.concatenate([one[n].reshape(-1) for n in names]), order) if any(one[n].size for n in names) else 0.0
+                np.linalg.norm(np.concatenate([one[n].reshape(-1) for n in names]), order)
+                if any(one[n].size for n in names)
+                else 0.0
                 for one in (old, new)
             ]
             factor = norms[0] / norms[1] if norms[1] > 0 else 1.0
@@ -117,7 +122,9 @@ def rescaled(before: Sequence[Model], after: Sequence[Model], kind: str, keep: f
     return out
 
 
-def elected(models: Sequence[Model], weights: Sequence[float], *, zero: str, scope: str, by: str = "sum") -> list[Model]:
+def elected(
+    models: Sequence[Model], weights: Sequence[float], *, zero: str, scope: str, by: str = "sum"
+) -> list[Model]:
     """What has the sign of the (weighted) sum, or of the most sources; the rest is zero."""
     weighted = [{n: w * a for n, a in one.items()} for one, w in zip(models, weights, strict=True)]
     out: list[Model] = [{} for _ in models]
@@ -162,7 +169,9 @@ def tall(models: Sequence[Model], together: Model, threshold: Sequence[float], l
     """The merged change where at least so many sources need it."""
     out = {}
     for n, merged in together.items():
-        needed = sum((np.abs(one[n]) > t * np.abs(merged - one[n])).astype(int) for one, t in zip(models, threshold, strict=True))
+        needed = sum(
+            (np.abs(one[n]) > t * np.abs(merged - one[n])).astype(int) for one, t in zip(models, threshold, strict=True)
+        )
         out[n] = np.where(needed >= least, merged, 0.0)
     return out
 
@@ -182,12 +191,16 @@ def pcb(models: Sequence[Model], weights: Sequence[float], *, keep: float, clamp
             low, high = every[cut], every[len(every) - 1 - cut]
             score: Model = {}
             for n in names:
-                near = (np.clip(np.abs(one[n]), low, high) - low) / (high - low) if high > low else np.zeros(one[n].shape)
+                near = (
+                    (np.clip(np.abs(one[n]), low, high) - low) / (high - low) if high > low else np.zeros(one[n].shape)
+                )
                 score[n] = np.exp(len(models) * near**2) * np.tanh(one[n] * together[n])
             flat = np.maximum(np.concatenate([score[n].reshape(-1) for n in names]), 0.0)
             least = np.sort(flat.astype(np.float32))[::-1][max(1, round(keep * len(flat))) - 1].astype(float)
             span = flat.max() - least
-            scores.append({n: np.clip((s - least) / span, 0.0, 1.0) if span > 0 else np.ones(s.shape) for n, s in score.items()})
+            scores.append(
+                {n: np.clip((s - least) / span, 0.0, 1.0) if span > 0 else np.ones(s.shape) for n, s in score.items()}
+            )
         for n in names:
             total = sum(w * s[n] * one[n] for one, s, w in zip(models, scores, weights, strict=True))
             out[n] = np.asarray(total / np.maximum(sum(s[n] for s in scores), 1e-12))
@@ -207,7 +220,9 @@ def ram(models: Sequence[Model], *, least: float, boost: float, boost_max: float
             factors.append(1 + boost * min(shared / alone, boost_max) if alone else 1.0)
         for n in names:
             single = sum(f * np.where(one[n], m[n], 0.0) for f, one, m in zip(factors, has, models, strict=True))
-            mean = sum(np.where(one[n], m[n], 0.0) for one, m in zip(has, models, strict=True)) / np.maximum(owners[n], 1)
+            mean = sum(np.where(one[n], m[n], 0.0) for one, m in zip(has, models, strict=True)) / np.maximum(
+                owners[n], 1
+            )
             out[n] = np.where(owners[n] > 1, mean, single)
     return out
 
@@ -221,8 +236,3 @@ def weighted_mean(models: Sequence[Model], importance: Sequence[Model]) -> Model
         mean = np.asarray(sum(one[n] for one in models)) / len(models)
         out[n] = np.where(share == 0, mean, total / np.where(share == 0, 1.0, share))
     return out
-
-
-def names_of(document: Any) -> str:
-    """A short name of a case, for pytest."""
-    return str(document)

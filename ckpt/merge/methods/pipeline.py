@@ -98,7 +98,7 @@ class Staged(Elementwise):
         last, of_stage = self._passes[number]
         out = Summary()
         for part in self._blocks(tile):
-            work = self._worked(part, last, constants)
+            work = self._worked(part.as_row(), last, constants)
             out.fold(self.all_stages[last].observe(work, of_stage, constants.get(_key(last), {})))
         return out
 
@@ -108,12 +108,13 @@ class Staged(Elementwise):
         return {**constants, _key(i): found}
 
     def apply(self, tile: Tile, constants: Constants) -> Float64Array:
-        work = self._worked(tile, len(self.all_stages), constants)
+        work = self._worked(tile.as_row(), len(self.all_stages), constants)
         assert work.merged is not None
+        merged = work.merged.reshape(tile.box.lengths)
         if tile.base_elements is None:
-            return work.merged
+            return merged
         base = tile.base
-        return np.where(work.merged == 0.0, base, base + work.merged)  # -0 of the base stays where nothing is added
+        return np.where(merged == 0.0, base, base + merged)  # -0 of the base stays where nothing is added
 
     def write(self, tile: Tile, constants: Constants, target: NDArray[np.uint8], dtype: str) -> bool:
         finite, start = True, 0

@@ -54,14 +54,13 @@ class Sign(Stage):
         weighted = work.weighted()
         votes = self._votes(weighted)
         at_zero = {"majority": constants.get("zero", 1), "positive": 1, "drop": 0}[self.zero]
-        votes[votes == 0.0] = at_zero
+        elected = np.where(votes == 0.0, at_zero, votes)
         for source, values in enumerate(weighted):
-            work.keep(source, _same_sign(values, votes))
+            work.keep(source, _same_sign(values, elected))
 
     def _votes(self, weighted: list[Float64Array]) -> Float64Array:
         with np.errstate(invalid="ignore"):
-            votes = summed([np.sign(one) for one in weighted] if self.by == "count" else weighted)
-        return votes.copy() if votes is weighted[0] else votes
+            return summed([np.sign(one) for one in weighted] if self.by == "count" else weighted)
 
 
 def _same_sign(values: Float64Array, signs: Float64Array) -> Mask:
