@@ -370,13 +370,16 @@ def test_where_no_source_changed_anything_the_base_stays_bit_for_bit(tmp_path: P
     same(found, saved[0])
 
 
-def test_where_blocks_end_changes_no_bit(tuned: Tuned, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(("method", "more"), [("della", {"rescale": "l1"}), ("pcb", {"scope": "layer"})])
+def test_where_blocks_end_changes_no_bit(
+    tuned: Tuned, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, method: str, more: dict[str, Any]
+) -> None:
     """The pipeline works on blocks of its own inside of a tile."""
     made = []
-    for number, elements in enumerate((1 << 15, 7)):
+    for number, elements in enumerate((1 << 15, 40)):
         monkeypatch.setattr(pipeline, "BLOCK_ELEMENTS", elements)
         into = tmp_path / f"out{number}"
-        ckpt.merge(tuned.sources(), into, method="della", base=f"{tuned.url}@1", rescale="l1")
+        ckpt.merge(tuned.sources(), into, method=method, base=f"{tuned.url}@1", **more)
         made.append(images(into))
     assert made[0] == made[1]
 
