@@ -18,33 +18,37 @@ _LN2_LOW = 1.9082149292705877e-10
 _TERMS = 14
 _LARGE = 708.0  # beyond it exp is clamped: what needs it saturates long before
 _TANH_LARGE = 22.0  # beyond it tanh is 1
-_SMALL = 0.3
 
 
 def exp(values: Float64Array) -> Float64Array:
     """e^x, x clamped to +-708."""
-    x = np.clip(values, -_LARGE, _LARGE)
-    k = np.rint(x / math.log(2.0))
-    r = (x - k * _LN2_HIGH) - k * _LN2_LOW
-    out: Float64Array = np.ldexp(1.0 + _expm1_near_zero(r), k.astype(np.int32))
+    k, part = _reduced(np.clip(values, -_LARGE, _LARGE))
+    part += 1.0
+    out: Float64Array = np.ldexp(part, k)
     return out
 
 
 def tanh(values: Float64Array) -> Float64Array:
     """The hyperbolic tangent, as exact near zero as anywhere."""
     size = np.minimum(np.abs(values), _TANH_LARGE)
-    twice = 2.0 * size
-    near = _expm1_near_zero(np.minimum(twice, _SMALL))
-    far = exp(np.maximum(twice, _SMALL)) - 1.0
-    t = np.where(twice < _SMALL, near, far)
-    out: Float64Array = np.copysign(t / (t + 2.0), values)
+    size *= 2.0
+    k, part = _reduced(size)
+    power = np.ldexp(1.0, k)
+    part *= power  # e^(2x) - 1 = 2^k (e^r - 1) + (2^k - 1): near zero, where k is 0, nothing is lost
+    power -= 1.0
+    part += power
+    out: Float64Array = np.copysign(part / (part + 2.0), values)
     return out
 
 
-def _expm1_near_zero(r: Float64Array) -> Float64Array:
-    """e^r - 1 for |r| below 0.36, by its series."""
+def _reduced(x: Float64Array) -> tuple[NDArray[np.int32], Float64Array]:
+    """(k, e^r - 1) with x = k ln 2 + r, |r| at most half of ln 2: its series."""
+    k = np.rint(x / math.log(2.0))
+    r = x - k * _LN2_HIGH
+    r -= k * _LN2_LOW
     total = np.full(r.shape, 1.0 / math.factorial(_TERMS))
     for term in range(_TERMS - 1, 0, -1):
-        total = total * r + 1.0 / math.factorial(term)
-    out: Float64Array = total * r
-    return out
+        total *= r
+        total += 1.0 / math.factorial(term)
+    total *= r
+    return k.astype(np.int32), total

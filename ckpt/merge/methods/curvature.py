@@ -1,6 +1,6 @@
 """Methods that weigh elements by their curvature, out of the optimizer state of the sources: Fisher, OTA, FFG.
 
-In: nothing. Out: methods: lists of stages (ckpt/merge/stages/). Formulas and sources: docs/explanation/merging.md.
+In: nothing. Out: methods: lists of stages (ckpt/merge/stages/). Formulas and sources: docs/explanation/task-vectors.md.
 """
 
 from __future__ import annotations

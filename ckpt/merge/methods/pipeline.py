@@ -31,7 +31,7 @@ from ckpt.merge.stages.stage import AFTER, BEFORE, FAMILIES, Stage, Work
 from ckpt.merge.tile import Tile
 from ckpt.merge.tiles import cut
 
-BLOCK_ELEMENTS = 1 << 15  # of one source at a time: some arrays of fp64 in the second-level cache
+BLOCK_ELEMENTS = 32768  # of one source at a time: some arrays of fp64 in the second-level cache
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -181,7 +181,7 @@ class Pipeline(Staged):
     """The base plus what the stages make of the changes of all sources.
 
     Args:
-        stages: in their order, as docs/reference/recipe.md has them.
+        stages: in their order, as docs/reference/merge-stages.md has them.
     """
 
     stages: tuple[Stage, ...]

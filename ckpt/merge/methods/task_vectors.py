@@ -1,6 +1,6 @@
 """Methods on task vectors, by the names that papers gave them: lists of stages (ckpt/merge/stages/).
 
-In: nothing. Out: methods. Formulas and sources: docs/explanation/merging.md.
+In: nothing. Out: methods. Formulas and sources: docs/explanation/task-vectors.md.
 """
 
 from __future__ import annotations

@@ -1,5 +1,5 @@
 """The stage of PCB: competition of elements within a source and between sources. The variant that is made here is our own
-choice of what published variants differ in; docs/explanation/merging.md spells it out.
+choice of what published variants differ in; docs/explanation/task-vectors.md spells it out.
 
 In: the changes of one tile, quantiles over the scope. Out: the merged change. Exponentials are made of products and divisions
 alone (ckpt/kernels/smooth.py), so that the bits are the same on every processor. Pure.

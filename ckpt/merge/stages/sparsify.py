@@ -201,11 +201,24 @@ class RowRandom(Stage):
         length = sizes.shape[-1] if sizes.shape else 1
         if length < 2:
             return np.full(sizes.shape, self.keep)
-        order = np.argsort(sizes, axis=-1, kind="stable")  # of equal ones the first is the lesser
+        order = _ranked(sizes)
         chances = (self.keep - self.spread) + (2 * self.spread) * (np.arange(length) / (length - 1))
         out = np.empty(sizes.shape)
         np.put_along_axis(out, order, np.broadcast_to(chances, sizes.shape), axis=-1)
         return out
+
+
+def _ranked(sizes: Float32Array) -> NDArray[np.int64]:
+    """Places in each row, the least magnitude first; of equal ones the first is the lesser.
+
+    A sort of whole numbers, magnitude above place: NumPy has no stable sort of floats that is nearly as fast.
+    """
+    keys = sizes.view(np.uint32).astype(np.uint64)
+    keys <<= np.uint64(32)
+    keys |= np.arange(sizes.shape[-1], dtype=np.uint64)
+    keys.sort(axis=-1)
+    keys &= np.uint64(0xFFFFFFFF)
+    return keys.view(np.int64)
 
 
 @stage("sparsify", "threshold")
