@@ -31,7 +31,7 @@ from ckpt.merge.stages.stage import AFTER, BEFORE, FAMILIES, Stage, Work
 from ckpt.merge.tile import Tile
 from ckpt.merge.tiles import cut
 
-BLOCK_ELEMENTS = 32768  # of one source at a time: some arrays of fp64 in the second-level cache
+BLOCK_ELEMENTS = 1 << 15  # of one source at a time: some arrays of fp64 in the second-level cache
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from ckpt.errors import InvalidInputError
 from ckpt.kernels import merge as kernels
 from ckpt.kernels.merge import TiesMode, TiesRule
-from ckpt.merge import ranks
+from ckpt.merge import thresholds
 from ckpt.merge.method import Constants, Context, Elementwise, Float64Array, Needs, Scope, Summary
 from ckpt.merge.registry import merge_method
 from ckpt.merge.tile import Tile
@@ -49,12 +49,12 @@ class Ties(Elementwise):
         if number == 2:
             signs = kernels.ties_signs(tile.raw(less_base=True), self._rule(tile, constants), threads=tile.threads)
             return Summary(sums={"signs": np.array([signs])})
-        return ranks.counted(tile.raw(less_base=True), number, constants, threads=tile.threads)
+        return thresholds.counted(tile.raw(less_base=True), number, constants, threads=tile.threads)
 
     def resolve(self, number: int, summary: Summary, constants: Constants, context: Context) -> Constants:
         if number == 2:
             return {**constants, "zero_sign": int(np.sign(summary.sums["signs"][0])) or 1}
-        found = ranks.resolved(number, summary, constants, lambda count: [ranks.rank_of(self.keep, count)])
+        found = thresholds.resolved(number, summary, constants, lambda count: [thresholds.rank_of(self.keep, count)])
         if number == 0:
             return found
         return {"threshold": found["bits"][0], "zero_sign": 1 if self.zero_sign == "positive" else 0}

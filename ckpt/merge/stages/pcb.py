@@ -13,7 +13,7 @@ import numpy as np
 
 from ckpt.errors import InvalidInputError
 from ckpt.kernels.smooth import exp, tanh
-from ckpt.merge import ranks
+from ckpt.merge import thresholds
 from ckpt.merge.method import Constants, Context, Float64Array, Scope, Summary
 from ckpt.merge.stages.sparsify import as_sizes, share_of
 from ckpt.merge.stages.stage import Stage, Work, of_arrays, stage, summed
@@ -45,7 +45,7 @@ class Pcb(Stage):
 
     @property
     def passes(self) -> int:
-        return 2 * ranks.PASSES
+        return 2 * thresholds.PASSES
 
     def check(self, context: Context) -> None:
         if len(context.sources) > SOURCES_MAX:
@@ -54,19 +54,19 @@ class Pcb(Stage):
             )
 
     def observe(self, work: Work, number: int, constants: Constants) -> Summary:
-        if number < ranks.PASSES:
-            return ranks.counted(work.raw(), number, constants, threads=work.tile.threads)
+        if number < thresholds.PASSES:
+            return thresholds.counted(work.raw(), number, constants, threads=work.tile.threads)
         scores = [np.maximum(one, 0.0) for one in self._scores(work, constants)]
-        found = ranks.counted(of_arrays(scores), number - ranks.PASSES, constants, threads=work.tile.threads)
+        found = thresholds.counted(of_arrays(scores), number - thresholds.PASSES, constants, threads=work.tile.threads)
         return Summary(sums=found.sums, maxima={"most": np.array([one.max(initial=0.0) for one in scores])})
 
     def resolve(self, number: int, summary: Summary, constants: Constants, context: Context) -> Constants:
-        if number < ranks.PASSES:
-            found = ranks.resolved(number, summary, constants, self._edges)
+        if number < thresholds.PASSES:
+            found = thresholds.resolved(number, summary, constants, self._edges)
             return {"edges": as_sizes(found["bits"]).astype(np.float64)} if "bits" in found else found
         kept = {"edges": constants["edges"]}
-        found = ranks.resolved(
-            number - ranks.PASSES, summary, constants, lambda count: [ranks.rank_of(self.keep, count)]
+        found = thresholds.resolved(
+            number - thresholds.PASSES, summary, constants, lambda count: [thresholds.rank_of(self.keep, count)]
         )
         if "bits" not in found:
             return {**kept, **found}

@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ckpt.errors import InvalidInputError
-from ckpt.merge import ranks
+from ckpt.merge import thresholds
 from ckpt.merge.method import Constants, Context, Float64Array, Scope, SourceTensor, Summary
 from ckpt.merge.stages.moments import Moments
 from ckpt.merge.stages.stage import Mask, Stage, Work, of_arrays, stage
@@ -56,13 +56,13 @@ class TopK(Stage):
 
     @property
     def passes(self) -> int:
-        return ranks.PASSES
+        return thresholds.PASSES
 
     def observe(self, work: Work, number: int, constants: Constants) -> Summary:
-        return ranks.counted(work.raw(), number, constants, threads=work.tile.threads)
+        return thresholds.counted(work.raw(), number, constants, threads=work.tile.threads)
 
     def resolve(self, number: int, summary: Summary, constants: Constants, context: Context) -> Constants:
-        return ranks.resolved(number, summary, constants, lambda count: [ranks.rank_of(self.keep, count)])
+        return thresholds.resolved(number, summary, constants, lambda count: [thresholds.rank_of(self.keep, count)])
 
     def apply(self, work: Work, constants: Constants) -> None:
         for source, least in enumerate(as_sizes(constants["bits"][0])):
@@ -90,13 +90,13 @@ class Band(Stage):
 
     @property
     def passes(self) -> int:
-        return ranks.PASSES
+        return thresholds.PASSES
 
     def observe(self, work: Work, number: int, constants: Constants) -> Summary:
-        return ranks.counted(work.raw(), number, constants, threads=work.tile.threads)
+        return thresholds.counted(work.raw(), number, constants, threads=work.tile.threads)
 
     def resolve(self, number: int, summary: Summary, constants: Constants, context: Context) -> Constants:
-        return ranks.resolved(number, summary, constants, lambda count: _band(count, self.keep, self.out))
+        return thresholds.resolved(number, summary, constants, lambda count: _band(count, self.keep, self.out))
 
     def apply(self, work: Work, constants: Constants) -> None:
         most, least = (as_sizes(bits) for bits in constants["bits"])
@@ -268,7 +268,7 @@ class Saliency(Moments, Stage):
 
     @property
     def passes(self) -> int:
-        return 0 if self.keep is None else ranks.PASSES
+        return 0 if self.keep is None else thresholds.PASSES
 
     def check_tensors(self, context: Context, found: Sequence[SourceTensor]) -> None:
         self.refuse_missing(found)
@@ -277,14 +277,14 @@ class Saliency(Moments, Stage):
         roots = self._roots(work)
         if roots is None:
             return Summary()
-        return ranks.counted(of_arrays(roots), number, constants, threads=work.tile.threads)
+        return thresholds.counted(of_arrays(roots), number, constants, threads=work.tile.threads)
 
     def resolve(self, number: int, summary: Summary, constants: Constants, context: Context) -> Constants:
         keep = self.keep
         assert keep is not None
         if not summary.sums:
             return {}
-        return ranks.resolved(number, summary, constants, lambda count: [ranks.rank_of(keep, count)])
+        return thresholds.resolved(number, summary, constants, lambda count: [thresholds.rank_of(keep, count)])
 
     def apply(self, work: Work, constants: Constants) -> None:
         roots = self._roots(work)
