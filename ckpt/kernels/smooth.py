@@ -51,4 +51,5 @@ def _reduced(x: Float64Array) -> tuple[NDArray[np.int32], Float64Array]:
         total *= r
         total += 1.0 / math.factorial(term)
     total *= r
-    return k.astype(np.int32), total
+    with np.errstate(invalid="ignore"):  # of NaN, whose series is NaN whatever its k
+        return k.astype(np.int32), total

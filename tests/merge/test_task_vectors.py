@@ -370,6 +370,15 @@ def test_where_no_source_changed_anything_the_base_stays_bit_for_bit(tmp_path: P
     same(found, saved[0])
 
 
+@pytest.mark.parametrize("method", EVERY)
+def test_the_order_in_which_sources_are_named_changes_no_bit(tuned: Tuned, tmp_path: Path, method: str) -> None:
+    sources, more = tuned.sources(W), {"beta": 0.5} if method == "lines" else {}
+    for number, order in enumerate(((0, 1, 2), (2, 0, 1))):
+        named = [sources[i] for i in order]
+        ckpt.merge(named, tmp_path / str(number), method=method, base=f"{tuned.url}@1", **more)
+    assert images(tmp_path / "0") == images(tmp_path / "1")
+
+
 @pytest.mark.parametrize(("method", "more"), [("della", {"rescale": "l1"}), ("pcb", {"scope": "layer"})])
 def test_where_blocks_end_changes_no_bit(
     tuned: Tuned, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, method: str, more: dict[str, Any]

@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 
 from ckpt.errors import InvalidInputError
 from ckpt.format.spec import TensorSpec
+from ckpt.kernels.merge import TiesMode
 from ckpt.merge.depth import Depth
 from ckpt.merge.method import Constants, Context, Float64Array, Order, Scope, SourceTensor, Summary
 from ckpt.merge.stages.stage import Mask, Stage, Work, stage, summed
@@ -38,7 +39,8 @@ class Sum(Stage):
         return [share * source.weight for share, source in zip(shares, context.sources, strict=True)]
 
     def apply(self, work: Work, constants: Constants) -> None:
-        work.merged = summed(work.weighted())
+        agreed = work.agreed(TiesMode.sum)
+        work.merged = summed(work.weighted()) if agreed is None else agreed
 
 
 @stage("combine", "mean")
@@ -65,6 +67,9 @@ class DisjointMean(Stage):
     """The weighted mean over the sources that take part, element by element; where none does nothing changes (TIES)."""
 
     def apply(self, work: Work, constants: Constants) -> None:
+        work.merged = work.agreed(TiesMode.mean)
+        if work.merged is not None:
+            return
         merged, share = np.zeros(work.tile.box.lengths), np.zeros(work.tile.box.lengths)
         for values, kept, weight in zip(work.weighted(), work.kept, work.weights, strict=True):
             merged = merged + values
@@ -80,6 +85,9 @@ class Greatest(Stage):
     """The change of the greatest magnitude, weights included; of equal ones that of the older source."""
 
     def apply(self, work: Work, constants: Constants) -> None:
+        work.merged = work.agreed(TiesMode.max)
+        if work.merged is not None:
+            return
         merged = np.zeros(work.tile.box.lengths)
         for values in work.weighted():
             merged = np.where(np.abs(values) > np.abs(merged), values, merged)

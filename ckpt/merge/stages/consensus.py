@@ -11,8 +11,9 @@ from typing import Literal
 import numpy as np
 
 from ckpt.errors import InvalidInputError
+from ckpt.kernels import merge as kernels
 from ckpt.merge.method import Constants, Context, Float64Array, Scope, Summary
-from ckpt.merge.stages.stage import Mask, Stage, Work, stage, summed
+from ckpt.merge.stages.stage import Stage, Work, stage, summed
 
 
 @stage("consensus", "none")
@@ -44,28 +45,26 @@ class Sign(Stage):
         return 1 if self.zero == "majority" else 0
 
     def observe(self, work: Work, number: int, constants: Constants) -> Summary:
-        votes = self._votes(work.weighted())
-        return Summary(sums={"signs": np.array([int((votes > 0).sum()) - int((votes < 0).sum())])})
+        if self.by == "sum":
+            signs = kernels.ties_signs(work.voters(), work.vote(), threads=work.tile.threads)
+        else:
+            votes = self._count(work)
+            signs = int((votes > 0).sum()) - int((votes < 0).sum())
+        return Summary(sums={"signs": np.array([signs])})
 
     def resolve(self, number: int, summary: Summary, constants: Constants, context: Context) -> Constants:
         return {"zero": int(np.sign(summary.sums["signs"][0])) or 1}
 
     def apply(self, work: Work, constants: Constants) -> None:
-        weighted = work.weighted()
-        votes = self._votes(weighted)
         at_zero = {"majority": constants.get("zero", 1), "positive": 1, "drop": 0}[self.zero]
-        elected = np.where(votes == 0.0, at_zero, votes)
-        for source, values in enumerate(weighted):
-            work.keep(source, _same_sign(values, elected))
+        if self.by == "sum":
+            work.elect(at_zero)
+        else:
+            work.keep_sign(self._count(work), at_zero)
 
-    def _votes(self, weighted: list[Float64Array]) -> Float64Array:
+    def _count(self, work: Work) -> Float64Array:
         with np.errstate(invalid="ignore"):
-            return summed([np.sign(one) for one in weighted] if self.by == "count" else weighted)
-
-
-def _same_sign(values: Float64Array, signs: Float64Array) -> Mask:
-    mask: Mask = ((values > 0) & (signs > 0)) | ((values < 0) & (signs < 0))
-    return mask
+            return summed([np.sign(one) for one in work.weighted()])
 
 
 @stage("consensus", "tall")

@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 
 from ckpt.format.spec import TensorSpec
 from ckpt.kernels import merge as kernels
-from ckpt.kernels.merge import Elements
+from ckpt.kernels.merge import Elements, TiesMode, TiesRule
 from ckpt.merge.method import Constants, Context, Float64Array, Scope, SourceTensor, Summary, Unit
 from ckpt.merge.nodes import Node, nearest
 from ckpt.merge.parameters import instance
@@ -65,6 +65,7 @@ class Work:
         self.share: list[float | Float64Array] = [1.0] * len(tile)  # of them that was meant to
         self.merged: Float64Array | None = None
         self._values: list[Float64Array] | None = None
+        self._zero_sign: int | None = None  # of an election that is still to be held
 
     def __len__(self) -> int:
         return len(self.tile)
@@ -74,7 +75,49 @@ class Work:
         """The change of each source as it is now (the elements themselves without a base); zero where they take no part."""
         if self._values is None:
             self._values = self.tile.arrays if self.tile.base_elements is None else self.tile.deltas
+        if self._zero_sign is not None:
+            zero_sign, self._zero_sign = self._zero_sign, None
+            self.keep_sign(summed(self.weighted()), zero_sign)
         return self._values
+
+    def elect(self, zero_sign: int) -> None:
+        """Only what has the sign of the weighted sum of all sources takes part from here on.
+
+        The election is held when values are asked for, or, together with what comes of it, by `agreed`.
+
+        Args:
+            zero_sign: the sign where the sum is zero: 1, -1, or 0: nothing takes part.
+        """
+        if self._values is None or self._zero_sign is not None:
+            _ = self.values
+        self._zero_sign = zero_sign
+
+    def agreed(self, mode: TiesMode) -> Float64Array | None:
+        """What comes of an election that is still to be held, by a native loop; None: there is none."""
+        zero_sign, self._zero_sign = self._zero_sign, None
+        if zero_sign is None:
+            return None
+        out = np.empty(self.tile.box.lengths)
+        rule = self.vote(zero_sign, mode)
+        kernels.ties(self.voters(), rule, out.reshape(-1).view(np.uint8), "float64", threads=self.tile.threads)
+        return out
+
+    def vote(self, zero_sign: int = 0, mode: TiesMode = TiesMode.mean) -> TiesRule:
+        """For `voters`: all changes count, whatever their magnitude."""
+        threshold = np.zeros(len(self), np.uint32)
+        return TiesRule(threshold=threshold, weight=np.array(self.weights), scale=1.0, mode=mode, zero_sign=zero_sign)
+
+    def voters(self) -> kernels.Tile:
+        """The values over a base of zeros, as the loops of TIES take them."""
+        arrays = of_arrays(self.values)
+        zeros = np.zeros(self.tile.box.volume).view(np.uint8)
+        return kernels.Tile(sources=arrays.sources, base=Elements(data=zeros, dtype="float64"))
+
+    def keep_sign(self, votes: Float64Array, zero_sign: int) -> None:
+        """Only what has the sign of its vote takes part from here on."""
+        signs = np.where(votes == 0.0, zero_sign, votes)
+        for source, values in enumerate(self.weighted()):
+            self.keep(source, ((values > 0) & (signs > 0)) | ((values < 0) & (signs < 0)))
 
     @property
     def weights(self) -> list[float]:
@@ -82,15 +125,16 @@ class Work:
 
     def keep(self, source: int, mask: Mask) -> None:
         """Only these elements take part from here on."""
+        values = self.values
         before = self.kept[source]
         self.kept[source] = mask if before is None else mask & before
-        self.values[source] = np.where(mask, self.values[source], 0.0)
+        values[source] = np.where(mask, values[source], 0.0)
 
     def raw(self) -> kernels.Tile:
         """The values as native loops take them."""
-        if self._values is None:
+        if self._values is None and self._zero_sign is None:
             return self.tile.raw(less_base=self.tile.base_elements is not None)
-        return of_arrays(self._values)
+        return of_arrays(self.values)
 
     def weighted(self) -> list[Float64Array]:
         """Values times the weights of their sources."""
