@@ -26,6 +26,7 @@ from ckpt.commit.gc import collect_garbage
 from ckpt.config import OnlineAverage, Options
 from ckpt.merge.applied import Version, next_update, rule_of
 from ckpt.store.open import open_store
+from tests.cli.conftest import check_schema
 from tests.merge.samples import bits, images, merged, opened, random_arrays, save
 from tests.servers import S3Server
 
@@ -54,7 +55,10 @@ def watch(folder: Path, *more: str, fail: str | None = None) -> list[dict[str, A
         [*words, "--once", "--json", *more], env=environment, capture_output=True, text=True, timeout=60, check=False
     )
     assert done.returncode == (-signal.SIGKILL if fail else 0), done.stderr
-    return [json.loads(line) for line in done.stdout.splitlines()]
+    told = [json.loads(line) for line in done.stdout.splitlines()]
+    for one in told:
+        check_schema(one, "watch")
+    return told
 
 
 def kinds(told: list[dict[str, Any]]) -> list[tuple[str, int]]:
