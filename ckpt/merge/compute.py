@@ -20,15 +20,15 @@ from ckpt.kernels import merge as kernels
 from ckpt.kernels.merge import Elements, FloatDtype, MixParts
 from ckpt.layout.box import Box
 from ckpt.merge.method import Constants, Elementwise, Summary
-from ckpt.merge.plan import Feed, MergePlan
+from ckpt.merge.plan import Feed, MergePlan, TensorPlan
 from ckpt.merge.reading import Filled
 from ckpt.merge.spans import Limits, Row, in_memory
-from ckpt.merge.tile import Tile
+from ckpt.merge.tile import Slot, Tile
 from ckpt.merge.tiles import cut
 from ckpt.snapshot.images import allocate
 
 APPLY_ELEMENTS = 1 << 18  # of a tile that a method writes: a few arrays of fp64 stay in the processor's caches
-FindConstants = Callable[[int, str], Constants]  # number of a method, unit
+FindConstants = Callable[[TensorPlan], Constants]  # of all units that a tensor is of
 _T = TypeVar("_T")
 _R = TypeVar("_R")
 
@@ -81,24 +81,27 @@ class Computer:
         """A row of an elementwise method, as the method sees it. Refuses what is not finite, unless the recipe lets it pass."""
         one = filled.span.rows[row]
         numbers = [feed.source for feed in one.plan.with_role("x")]
-        found: dict[tuple[str, int], tuple[Elements, tuple[int, ...]]] = {}
+        found: dict[tuple[str, int], Elements] = {}
+        slots: dict[tuple[str, int], Slot] = {}
         for i, feed in enumerate(one.plan.feeds):
             elements = filled.elements(row, i)
             if self._plan.recipe.nan == "error" and not kernels.all_finite(elements):
                 raise self._not_finite(one, feed, elements)
-            found[feed.role, feed.source] = elements, one.feed_box(feed).lengths
-        base = found.get(("base", -1))
-        slots = self._plan.bounds[one.plan.bound].needs.slots
+            found[feed.role, feed.source] = elements
+            if feed.slot:
+                lengths = one.feed_box(feed).lengths
+                slots[feed.slot, feed.source] = Slot(elements=elements, shape=lengths, whole=feed.whole)
+        needs = self._plan.bounds[one.plan.bound].needs
         return Tile(
             name=one.plan.subject,
             shape=one.plan.spec.shape,
             box=one.box,
             context=self._plan.bounds[one.plan.bound].context,
             numbers=tuple(numbers),
-            elements=tuple(found["x", number][0] for number in numbers),
-            base_elements=None if base is None else base[0],
-            slot_elements={s: tuple(found.get((f"slot:{s}", n), (None, ()))[0] for n in numbers) for s in slots},
-            slot_shapes={s: tuple(found.get((f"slot:{s}", n), (None, ()))[1] for n in numbers) for s in slots},
+            elements=tuple(found["x", number] for number in numbers),
+            base_elements=found.get(("base", -1)),
+            slots={slot: tuple(slots.get((slot, number)) for number in numbers) for slot in needs.slots},
+            hyperparameters=one.plan.hyperparameters,
         )
 
     # weighted sums
@@ -163,7 +166,7 @@ class Computer:
         if in_memory(self._plan, one.plan, self._limits):
             constants = self._own_constants(filled, row, method)
         else:
-            constants = self._constants(one.plan.bound, self._plan.unit_of(one.plan))
+            constants = self._constants(one.plan)
         whole, itemsize, dtype = self.tile(filled, row), one.plan.spec.itemsize, one.plan.spec.dtype
         boxes = list(self._tiles(whole, APPLY_ELEMENTS, one))
         stops = np.cumsum([box.volume * itemsize for box in boxes]).tolist()

@@ -13,7 +13,7 @@ A registered method (ckpt.merge.registry) is found by its name in recipes.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
@@ -41,12 +41,23 @@ class Needs:
     base: bool = False
     slots: tuple[str, ...] = ()  # of the optimizer, read for each source beside the parameter: "exp_avg_sq"
     metric: str | None = None  # of each source's manifest
+    hyperparameters: bool = False  # of each source's optimizer, by parameter: `Tile.hyperparameters`
     passes: int = 0  # over all elements before the last one, which writes
     scope: Scope = "tensor"  # what statistics of a pass are summed over
+    scopes: tuple[Scope, ...] = ()  # of each pass, where they differ
     unit: Unit = "element"  # what a tile may not cut: nothing, the last dim, the tensor
     num_sources_min: int = 1
     num_sources_max: int | None = None
     ordered: bool = False  # the order of the sources matters
+
+    def scope_of(self, number: int) -> Scope:
+        """What the statistics of pass `number` are summed over."""
+        return self.scopes[number] if self.scopes else self.scope
+
+    @property
+    def per_tensor(self) -> bool:
+        """Whether all statistics are of one tensor, so that they can be made while it is in memory."""
+        return all(self.scope_of(number) == "tensor" for number in range(self.passes))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,6 +79,7 @@ class Context:
     sources: tuple[SourceInfo, ...]
     base: SourceInfo | None = None
     seed: int = 0
+    names: tuple[str, ...] = ()  # of all tensors that the method combines; known once the sources are matched
 
     def in_order(self, order: Order = "auto") -> list[int]:
         """Numbers of the sources, oldest first: by step, or as the user named them.
@@ -146,6 +158,18 @@ class Summary:
 
 
 @dataclass(frozen=True, kw_only=True)
+class SourceTensor:
+    """One tensor that a method combines, and what there is of it in one source."""
+
+    tensor: TensorSpec  # of the result
+    source: str  # label
+    slots: Mapping[str, TensorSpec]  # of those that the method needs, the ones there are
+    hyperparameters: Callable[
+        [], Mapping[str, float]
+    ]  # of the optimizer, of this parameter; reads an object of the source
+
+
+@dataclass(frozen=True, kw_only=True)
 class Method:
     """Base of all methods. Fields of a subclass are its parameters, checked in `__post_init__` or in `check`."""
 
@@ -158,6 +182,14 @@ class Method:
 
     def check(self, context: Context) -> None:
         """Refuse sources that it cannot merge: InvalidInputError."""
+
+    def check_tensors(self, context: Context, found: Sequence[SourceTensor]) -> None:
+        """Refuse tensors that it cannot merge: InvalidInputError. Called once, before anything is read.
+
+        Args:
+            context: with `names`.
+            found: every tensor of every source that the method is given.
+        """
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -176,6 +208,10 @@ class Elementwise(Method):
     Passes run before: `observe` is called for every tile, the summaries of a unit (`needs.scope`) are folded in the order of the
     tiles, and `resolve` makes constants of them, which all later passes and `apply` see.
     """
+
+    def as_sum(self, context: Context, tensor: TensorSpec) -> Coefficients | None:
+        """The weighted sum that this method is for one tensor; None: it is none. Then the core does all the rest."""
+        return None
 
     def observe(self, tile: Tile, number: int, constants: Constants) -> Summary:
         """What pass `number` (from 0) finds in one tile."""

@@ -7,9 +7,10 @@ of one recipe makes the same one: `digest` says so.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import hashlib
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, Literal
@@ -23,11 +24,11 @@ from ckpt.kernels.merge import is_float
 from ckpt.merge import parameters, registry
 from ckpt.merge.catalog import Catalog, Entry, match
 from ckpt.merge.images import ImagePlan, plan_images
-from ckpt.merge.method import Coefficients, Context, Elementwise, Linear, Method, Needs, Unit
+from ckpt.merge.method import Coefficients, Context, Elementwise, Linear, Method, Needs, SourceTensor, Unit
 from ckpt.merge.objects import ResultObject, objects_of
 from ckpt.merge.policy import MASTER_COPY
 from ckpt.merge.recipe import Combine, Recipe
-from ckpt.merge.slots import ROLE, SECOND_MOMENTS
+from ckpt.merge.slots import COUNTERS, ROLE, SECOND_MOMENTS
 from ckpt.merge.sources import Opened, Source, infos_of
 from ckpt.merge.tiles import layer_of
 
@@ -43,6 +44,7 @@ class Feed:
     tensor: int  # id there
     spec: TensorSpec  # there
     whole: bool = False  # read whole, whatever part of the result is made: it has another shape
+    slot: str = ""  # which one, of a slot
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -75,6 +77,7 @@ class TensorPlan:
     is_echo: bool = False  # a master copy that is kept: the same elements as its parameter, which statistics count once
     bound: int = -1  # number of the method, of kinds linear and element
     coefficients: Coefficients | None = None  # of kinds linear and pool
+    hyperparameters: tuple[Mapping[str, float], ...] = ()  # of each source, where the method needs them
 
     @property
     def read_nbytes(self) -> int:
@@ -134,9 +137,9 @@ class MergePlan:
         )
         return "sha256:" + hashlib.sha256(text.encode()).hexdigest()
 
-    def unit_of(self, plan: TensorPlan) -> str:
-        """What statistics of a tensor are summed over: its name, its layer, or "" for the model."""
-        scope = self.bounds[plan.bound].needs.scope
+    def unit_of(self, plan: TensorPlan, number: int) -> str:
+        """What the statistics of pass `number` are summed over: the tensor's name, its layer, or "" for the model."""
+        scope = self.bounds[plan.bound].needs.scope_of(number)
         return plan.subject if scope == "tensor" else layer_of(plan.subject) if scope == "layer" else ""
 
     def source(self, number: int) -> Source:
@@ -157,6 +160,7 @@ def _digested(plan: TensorPlan, bounds: Sequence[Bound]) -> list[Any]:
         None if method is None else [method.name, parameters.plain(method)],
         None if plan.coefficients is None else [plan.coefficients.weights, plan.coefficients.base],
         [[feed.role, feed.source, feed.spec.name] for feed in plan.feeds],
+        *([[dict(one) for one in plan.hyperparameters]] if plan.hyperparameters else []),
     ]
 
 
@@ -264,6 +268,7 @@ class _Binder:
 
     def tensors(self, entries: Sequence[Entry]) -> tuple[TensorPlan, ...]:
         """The plans of all tensors. A master copy that is kept is made as its parameter is, from the same feeds."""
+        self._name(entries)
         newest = self._opened.newest
         owner = {i: param for param, slots in newest.slots.by_param.items() for i in slots.values()}
         made = {e.spec.name: self._tensor(n, e) for n, e in enumerate(entries) if not _is_master(e)}
@@ -276,7 +281,31 @@ class _Binder:
                     )
                 else:
                     made[entry.spec.name] = self._tensor(number, entry)
-        return tuple(made[entry.spec.name] for entry in entries)
+        for number, bound in enumerate(self.bounds):
+            bound.method.check_tensors(bound.context, list(self._found(number, made.values())))
+        return tuple(self._with_hyperparameters(made[entry.spec.name]) for entry in entries)
+
+    def _name(self, entries: Sequence[Entry]) -> None:
+        """Tell each method what it combines."""
+        names: dict[int, list[str]] = {}
+        for entry in entries:
+            if entry.decision.policy == "combine" and not entry.spec.role.startswith(ROLE):
+                names.setdefault(self._bind(entry.decision.combine or self._recipe.combine), []).append(entry.spec.name)
+        for number, bound in enumerate(self.bounds):
+            context = dataclasses.replace(bound.context, names=tuple(names.get(number, ())))
+            self.bounds[number] = dataclasses.replace(bound, context=context)
+
+    def _found(self, bound: int, plans: Iterable[TensorPlan]) -> Iterator[SourceTensor]:
+        """What a method is given."""
+        for plan in plans:
+            if plan.kind == "element" and plan.bound == bound and not plan.is_echo:
+                for feed in plan.with_role("x"):
+                    yield SourceTensor(
+                        tensor=plan.spec,
+                        source=self._opened.sources[feed.source].label,
+                        slots={one.slot: one.spec for one in plan.feeds if one.slot and one.source == feed.source},
+                        hyperparameters=functools.partial(self._hyperparameters, plan, feed.source),
+                    )
 
     def _tensor(self, number: int, entry: Entry) -> TensorPlan:
         plan = self._planned(number, entry)
@@ -300,8 +329,9 @@ class _Binder:
     def _combined(self, number: int, entry: Entry) -> TensorPlan:
         bound_number = self._bind(entry.decision.combine or self._recipe.combine)
         bound = self.bounds[bound_number]
-        if isinstance(bound.method, Linear):
-            return self._linear(number, entry, bound_number, bound.method.coefficients(bound.context, entry.spec))
+        coefficients = _coefficients(bound, entry.spec)
+        if coefficients is not None:
+            return self._linear(number, entry, bound_number, coefficients)
         if entry.spec.role.startswith(ROLE):
             return self._linear_instead(number, entry)
         feeds = [f for f in self._sources(entry) if bound.context.sources[f.source].weight != 0.0]
@@ -313,6 +343,19 @@ class _Binder:
         return TensorPlan(
             number=number, spec=entry.spec, entry=entry, kind="element", feeds=tuple(feeds), bound=bound_number
         )
+
+    def _hyperparameters(self, plan: TensorPlan, number: int) -> Mapping[str, float]:
+        """What the optimizer of a source says of a parameter, which it calls by its name without the state key."""
+        source = self._opened.sources[number]
+        param = source.ids.get(plan.subject)
+        name = source.names[param] if param is not None else plan.subject
+        return source.hyperparameters.get(name.partition("/")[2] or name, {})
+
+    def _with_hyperparameters(self, plan: TensorPlan) -> TensorPlan:
+        if plan.kind != "element" or not self.bounds[plan.bound].needs.hyperparameters:
+            return plan
+        found = tuple(self._hyperparameters(plan, feed.source) for feed in plan.with_role("x"))
+        return dataclasses.replace(plan, hyperparameters=found)
 
     def _linear_instead(self, number: int, entry: Entry) -> TensorPlan:
         """Optimizer state under a method that is no weighted sum: the plain mean."""
@@ -359,7 +402,7 @@ class _Binder:
             param = source.ids.get(entry.spec.name)
             name = source.names[param] if param is not None else entry.spec.name
             found = source.slots.of(name, slot)
-            if found is None:
+            if found is None or (slot in COUNTERS and not is_float(source.specs[found].dtype)):
                 continue  # the method is told: `Tile.slot` gives None
             spec = source.specs[found]
             whole = spec.shape != entry.spec.shape
@@ -368,7 +411,7 @@ class _Binder:
                     f"slot `{spec.name}` of {source.label} is a `{spec.dtype}` {list(spec.shape)}, which method "
                     f"`{bound.method.name}` cannot be given beside `{entry.spec.name}` {list(entry.spec.shape)}"
                 )
-            out.append(Feed(role=f"slot:{slot}", source=number, tensor=found, spec=spec, whole=whole))
+            out.append(Feed(role=f"slot:{slot}", source=number, tensor=found, spec=spec, whole=whole, slot=slot))
         return out
 
     def _pooled(self, number: int, entry: Entry) -> TensorPlan:
@@ -402,6 +445,15 @@ class _Binder:
             feeds=tuple(feeds),
             coefficients=Coefficients.normalized(weights),
         )
+
+
+def _coefficients(bound: Bound, tensor: TensorSpec) -> Coefficients | None:
+    """What a method is for a tensor when that is a weighted sum."""
+    if isinstance(bound.method, Linear):
+        return bound.method.coefficients(bound.context, tensor)
+    if isinstance(bound.method, Elementwise) and not tensor.role.startswith(ROLE):
+        return bound.method.as_sum(bound.context, tensor)
+    return None
 
 
 def _is_master(entry: Entry) -> bool:

@@ -25,6 +25,7 @@ from ckpt.engine.reader import StoredCheckpoint
 from ckpt.errors import InvalidInputError, NotFoundError
 from ckpt.format.index import FragmentTable
 from ckpt.format.spec import PieceTable, TensorSpec
+from ckpt.merge.hyperparameters import hyperparameters_of
 from ckpt.merge.method import SourceInfo
 from ckpt.merge.nodes import KIND
 from ckpt.merge.recipe import SourceSpec, StepRange
@@ -120,6 +121,11 @@ class Source:
     @cached_property
     def slots(self) -> Slots:
         return slots_of(self.specs, self.names)
+
+    @cached_property
+    def hyperparameters(self) -> dict[str, dict[str, float]]:
+        """What its optimizers say, by parameter."""
+        return hyperparameters_of(self.reader) if isinstance(self.reader, StoredCheckpoint) else {}
 
     def aliases(self, i: int) -> tuple[str, ...]:
         """Other names of a tensor, after renaming."""

@@ -128,7 +128,7 @@ def in_memory(plan: MergePlan, tensor: TensorPlan, limits: Limits) -> bool:
     if tensor.kind != "element":
         return False
     needs = plan.bounds[tensor.bound].needs
-    if needs.passes == 0 or needs.scope != "tensor":
+    if needs.passes == 0 or not needs.per_tensor:
         return False
     if needs.unit == "matrix":
         return True

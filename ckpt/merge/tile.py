@@ -6,8 +6,9 @@ stored, for native loops. Never reads a file; one thread at a time.
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -23,6 +24,15 @@ Float64Array = NDArray[np.float64]
 
 
 @dataclass(frozen=True, kw_only=True)
+class Slot:
+    """An optimizer slot of one source, or a part of it."""
+
+    elements: Elements
+    shape: tuple[int, ...]
+    whole: bool  # all of a slot that has another shape than its parameter: a factor, a counter
+
+
+@dataclass(frozen=True, kw_only=True)
 class Tile:
     """A run of elements of one tensor in all sources that have a share in it."""
 
@@ -33,8 +43,8 @@ class Tile:
     numbers: tuple[int, ...]  # which of the context's sources these are
     elements: tuple[Elements, ...]  # of each
     base_elements: Elements | None = None
-    slot_elements: Mapping[str, tuple[Elements | None, ...]] = field(default_factory=dict)  # None: a source without it
-    slot_shapes: Mapping[str, tuple[tuple[int, ...], ...]] = field(default_factory=dict)  # as they come
+    slots: Mapping[str, tuple[Slot | None, ...]] = field(default_factory=dict)  # None: a source without it
+    hyperparameters: tuple[Mapping[str, float], ...] = ()  # of the optimizer of each source, of this parameter
     threads: int = 1  # that a native loop may use
 
     def __len__(self) -> int:
@@ -84,8 +94,13 @@ class Tile:
 
         None: this source has none.
         """
-        found = self.slot_elements[name][source]
-        return None if found is None else kernels.widen(found).reshape(self.slot_shapes[name][source])
+        found = self.slots[name][source]
+        return None if found is None else kernels.widen(found.elements).reshape(found.shape)
+
+    def slot_is_whole(self, name: str, source: int) -> bool:
+        """Whether `slot` gives all of a slot, whatever part of the tensor this is."""
+        found = self.slots[name][source]
+        return found is not None and found.whole
 
     def raw(self, *, less_base: bool = False) -> kernels.Tile:
         """For the native loops of ckpt.kernels.merge."""
@@ -97,6 +112,16 @@ class Tile:
         key = int.from_bytes(hashlib.blake2b(text, digest_size=8).digest(), "little")
         return kernels.uniform(key, self.first, self.box.volume).reshape(self.box.lengths)
 
+    def as_row(self) -> Tile:
+        """A tile of a scalar as one of a row: NumPy makes numbers, not arrays, of 0-d arrays. Any other as it is."""
+        if self.shape:
+            return self
+        slots = {
+            name: tuple(one if one is None or one.whole else dataclasses.replace(one, shape=(1,)) for one in found)
+            for name, found in self.slots.items()
+        }
+        return dataclasses.replace(self, shape=(1,), box=Box(offsets=(0,), lengths=(1,)), slots=slots)
+
     def part(self, box: Box) -> Tile:
         """The elements of a run inside this tile; `box` counts from its first corner. Whole slots stay whole."""
         start = first_element(self.box.lengths, box.offsets)
@@ -106,15 +131,11 @@ class Tile:
             size = one.kind.itemsize
             return Elements(data=one.data[start * size : stop * size], dtype=one.dtype)
 
-        slots: dict[str, tuple[Elements | None, ...]] = {}
-        shapes: dict[str, tuple[tuple[int, ...], ...]] = {}
-        for name, found in self.slot_elements.items():
-            cut = [
-                shape == self.box.lengths and one is not None
-                for one, shape in zip(found, self.slot_shapes[name], strict=True)
-            ]
-            slots[name] = tuple(some(one) if c and one is not None else one for one, c in zip(found, cut, strict=True))
-            shapes[name] = tuple(box.lengths if c else s for c, s in zip(cut, self.slot_shapes[name], strict=True))
+        def some_slot(one: Slot | None) -> Slot | None:
+            if one is None or one.whole:
+                return one
+            return Slot(elements=some(one.elements), shape=box.lengths, whole=False)
+
         offsets = tuple(a + b for a, b in zip(self.box.offsets, box.offsets, strict=True))
         return Tile(
             name=self.name,
@@ -124,13 +145,7 @@ class Tile:
             numbers=self.numbers,
             elements=tuple(some(one) for one in self.elements),
             base_elements=None if self.base_elements is None else some(self.base_elements),
-            slot_elements=slots,
-            slot_shapes=shapes,
+            slots={name: tuple(map(some_slot, found)) for name, found in self.slots.items()},
+            hyperparameters=self.hyperparameters,
             threads=self.threads,
         )
-
-
-def sequence_of(found: Sequence[Elements | None]) -> tuple[Elements, ...]:
-    """Elements that are known to be there."""
-    assert all(one is not None for one in found)
-    return tuple(one for one in found if one is not None)

@@ -9,18 +9,19 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, wait
-from typing import Protocol
+from typing import Any, Protocol
 
 from ckpt.engine.read import Progress
 from ckpt.merge.compute import Computer
 from ckpt.merge.images import ImagePlan
 from ckpt.merge.job import Job
-from ckpt.merge.method import Constants, Elementwise
+from ckpt.merge.method import Constants, Elementwise, Scope
 from ckpt.merge.output import ImageOutput, ImageWriter
 from ckpt.merge.plan import TensorPlan
 from ckpt.merge.reading import Filled, SpanReader
 from ckpt.merge.records import Summaries
 from ckpt.merge.spans import Row, Span, needs_pass, spans_of
+from ckpt.merge.tiles import layer_of
 
 
 class Tasks(Protocol):
@@ -63,7 +64,7 @@ class Worker:
 
     def __init__(self, job: Job, progress: Progress | None = None) -> None:
         self._job, self._progress = job, progress
-        self._resolved: dict[tuple[int, str], Constants] = {}  # after the passes below
+        self._resolved: dict[tuple[int, Scope, str], Constants] = {}  # after the passes below
         self._num_resolved = 0
         self._reader = SpanReader(job.plan, job.limits, progress)
         self._computer = Computer(job.plan, job.limits, self._constants, job.options.copy_threads)
@@ -151,8 +152,8 @@ class Worker:
             image_of = image
             fragment: Summaries = {}
             for _, filled, row, i in rows:
-                place = row.plan.bound, job.plan.unit_of(row.plan)
-                _fold(fragment, {place: self._computer.observe(filled, i, number, self._constants(*place))})
+                place = row.plan.bound, job.plan.unit_of(row.plan, number)
+                _fold(fragment, {place: self._computer.observe(filled, i, number, self._constants(row.plan))})
             _fold(found, fragment)
         if image_of is not None:
             self._leave(number, image_of, found, done)
@@ -171,8 +172,19 @@ class Worker:
     def _num_passes(self) -> int:
         return max((bound.num_passes for bound in self._job.plan.bounds), default=0)
 
-    def _constants(self, bound: int, unit: str) -> Constants:
-        return self._resolved.get((bound, unit), {})
+    def _constants(self, tensor: TensorPlan) -> Constants:
+        """Those of the model, of its layer and its own."""
+        return self._of_unit(tensor.bound, "tensor", tensor.subject)
+
+    def _of_unit(self, bound: int, scope: Scope, unit: str) -> Constants:
+        """Constants of a unit and of the larger ones that it is in."""
+        units: list[tuple[Scope, str]] = [("model", ""), ("layer", layer_of(unit)), ("tensor", unit)]
+        found: dict[str, Any] = {}
+        for one, name in units:
+            found.update(self._resolved.get((bound, one, name), {}))
+            if one == scope:
+                break
+        return found
 
     def _resolve_up_to(self, count: int) -> None:
         """Constants after the first `count` passes, from the records of all workers."""
@@ -180,8 +192,9 @@ class Worker:
             for (bound, unit), summary in self._job.summaries(number).items():
                 one = self._job.plan.bounds[bound]
                 assert isinstance(one.method, Elementwise)
-                self._resolved[bound, unit] = one.method.resolve(
-                    number, summary, self._constants(bound, unit), one.context
+                scope = one.needs.scope_of(number)
+                self._resolved[bound, scope, unit] = one.method.resolve(
+                    number, summary, self._of_unit(bound, scope, unit), one.context
                 )
         self._num_resolved = max(self._num_resolved, count)
 

@@ -44,6 +44,20 @@ from ckpt.store.open import open_store
 from tests.merge.samples import SHAPES, images, random_arrays, save
 
 ROOT = Path(__file__).resolve().parents[2]
+STAGED: dict[str, dict[str, Any]] = {
+    "dare_ties": {"keep": 0.5, "rescale": "l2", "scope": "model"},
+    "pipeline": {
+        "stages": [
+            {"sparsify": "random", "keep": 0.7},
+            {"sparsify": "row_band", "keep": 0.8, "out": 0.1},
+            {"sparsify": "top_k", "keep": 0.4, "scope": "layer"},
+            {"rescale": "l2", "scope": "tensor"},
+            {"consensus": "sign", "scope": "layer"},
+            {"combine": "disjoint_mean"},
+            {"scale": "lines", "beta": 0.5},
+        ]
+    },
+}
 METHODS: dict[str, dict[str, Any]] = {
     "uniform": {},
     "ema": {"decay": 0.8},
@@ -53,8 +67,9 @@ METHODS: dict[str, dict[str, Any]] = {
     "ties, layer": {"keep": 0.3, "scope": "layer"},
     "noisy": {"amount": 0.5},
     "tsv_m": {},
+    **STAGED,
 }
-NEED_BASE = ("ties", "tsv_m", "noisy")
+NEED_BASE = ("ties", "tsv_m", "noisy", *STAGED)
 
 
 @ckpt.merge_method("noisy")
@@ -170,7 +185,7 @@ def test_memory_changes_no_bit(runs: Path, tmp_path: Path, method: str, monkeypa
         assert merge(sources_of(runs), f"{runs}/run@1", tmp_path / f"out{number}", method) == expected
 
 
-@pytest.mark.parametrize("method", ["uniform", "ties", "tsv_m"])
+@pytest.mark.parametrize("method", ["uniform", "ties", "tsv_m", "pipeline"])
 def test_worker_processes_change_no_bit(
     runs: Path, tmp_path: Path, method: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -21,7 +21,7 @@ import ckpt
 from ckpt.errors import InvalidInputError
 from ckpt.merge import compute, registry, spans
 from ckpt.merge.method import Constants, Context, Elementwise, Matrix, Needs, Summary
-from ckpt.merge.methods.ties import place_of
+from ckpt.merge.thresholds import place_of
 from ckpt.merge.tile import Tile
 from tests.merge.samples import bits, cast, doubles, images, merged, opened, random_arrays, same, save, save_run
 

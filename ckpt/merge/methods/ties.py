@@ -11,11 +11,10 @@ from numpy.typing import NDArray
 from ckpt.errors import InvalidInputError
 from ckpt.kernels import merge as kernels
 from ckpt.kernels.merge import TiesMode, TiesRule
+from ckpt.merge import thresholds
 from ckpt.merge.method import Constants, Context, Elementwise, Float64Array, Needs, Scope, Summary
 from ckpt.merge.registry import merge_method
 from ckpt.merge.tile import Tile
-
-HIGH_BITS, LOW_BITS = 16, 15  # of a magnitude of 31 bits: two histograms find any threshold exactly
 
 
 @merge_method("ties")
@@ -50,28 +49,15 @@ class Ties(Elementwise):
         if number == 2:
             signs = kernels.ties_signs(tile.raw(less_base=True), self._rule(tile, constants), threads=tile.threads)
             return Summary(sums={"signs": np.array([signs])})
-        bits = HIGH_BITS if number == 0 else LOW_BITS
-        bins = np.zeros((len(tile), 1 << bits), np.uint64)
-        prefix = [-1] * len(tile) if number == 0 else constants["prefix"]
-        shift = LOW_BITS if number == 0 else 0
-        kernels.histogram(tile.raw(less_base=True), bins, shift=shift, bits=bits, prefix=prefix, threads=tile.threads)
-        return Summary(sums={"bins": bins})
+        return thresholds.counted(tile.raw(less_base=True), number, constants, threads=tile.threads)
 
     def resolve(self, number: int, summary: Summary, constants: Constants, context: Context) -> Constants:
         if number == 2:
             return {**constants, "zero_sign": int(np.sign(summary.sums["signs"][0])) or 1}
-        bins = summary.sums["bins"]
+        found = thresholds.resolved(number, summary, constants, lambda count: [thresholds.rank_of(self.keep, count)])
         if number == 0:
-            counts = bins.sum(axis=1, dtype=np.int64)
-            wanted = [max(1, round(self.keep * count)) for count in counts.tolist()]
-        else:
-            wanted = constants["left"]
-        found = [place_of(row, count) for row, count in zip(bins, wanted, strict=True)]
-        if number == 0:
-            return {"prefix": [place for place, _ in found], "left": [left for _, left in found]}
-        low = [place for place, _ in found]
-        bits = [(high << LOW_BITS) | place for high, place in zip(constants["prefix"], low, strict=True)]
-        return {"threshold": np.array(bits, np.uint32), "zero_sign": 1 if self.zero_sign == "positive" else 0}
+            return found
+        return {"threshold": found["bits"][0], "zero_sign": 1 if self.zero_sign == "positive" else 0}
 
     def write(self, tile: Tile, constants: Constants, target: NDArray[np.uint8], dtype: str) -> bool:
         rule = self._rule(tile, constants)
@@ -90,10 +76,3 @@ class Ties(Elementwise):
             mode=TiesMode[self.aggregate],
             zero_sign=constants["zero_sign"],
         )
-
-
-def place_of(bins: NDArray[np.uint64], wanted: int) -> tuple[int, int]:
-    """The bin that holds the `wanted`-th greatest element, and which one in it that is."""
-    above = np.cumsum(bins[::-1].astype(np.int64))[::-1]  # elements in this bin or a higher one
-    place = int(np.flatnonzero(above >= min(wanted, int(above[0])))[-1]) if above[0] else 0
-    return place, wanted - int(above[place] - bins[place])
