@@ -6,6 +6,8 @@ itself included, and is meant never to be below what is measured (tests/merge/te
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import psutil
@@ -37,7 +39,25 @@ class Estimate:
 
 
 def limits_for(plan: MergePlan, memory_bytes: int | None, workers: int, options: Options) -> Limits:
-    """The limits of each of `workers` processes. BudgetError when the memory is too little for any merge."""
+    """The limits of each of `workers` processes. BudgetError when the memory is too little for any merge, or for this one."""
+    limits = _limits(plan, memory_bytes, workers, options)
+    if memory_bytes is None or estimate(plan, limits, workers, options).peak_bytes <= memory_bytes:
+        return limits
+    span = SPAN_BYTES_MIN  # whole matrices leave little for anything else
+    limits = Limits(span_bytes=span, unit_bytes=span, total_bytes=SPANS_AT_ONCE * span)
+    peak = estimate(plan, limits, workers, options).peak_bytes
+    largest = max(filter(lambda one: must_be_whole(plan, one), plan.tensors), key=_matrix_of(plan), default=None)
+    if largest is not None and peak > memory_bytes:
+        each = _matrix_of(plan)(largest)
+        raise BudgetError(
+            f"`{largest.spec.name}` {list(largest.spec.shape)} must be in memory whole, which takes {-(-each // MIB)} MiB; with "
+            f"{workers} processes the merge takes {-(-peak // MIB)} MiB, and may take {memory_bytes >> 20} MiB",
+            hints=("allow more with `--memory`, take fewer `--workers`", "give large tensors another method by a rule"),
+        )
+    return limits
+
+
+def _limits(plan: MergePlan, memory_bytes: int | None, workers: int, options: Options) -> Limits:
     fixed = _fixed_bytes(options)
     if memory_bytes is None:
         free = int(psutil.virtual_memory().available) // MEMORY_FRACTION // workers
@@ -92,6 +112,10 @@ def estimate(plan: MergePlan, limits: Limits, workers: int, options: Options) ->
 
 def _unit_bytes(tensor: TensorPlan) -> int:
     return tensor.read_nbytes
+
+
+def _matrix_of(plan: MergePlan) -> Callable[[TensorPlan], int]:
+    return functools.partial(_matrix_bytes, plan)
 
 
 def _matrix_bytes(plan: MergePlan, tensor: TensorPlan) -> int:

@@ -43,8 +43,12 @@ class Origin:
     shares: tuple[Share, ...]
 
 
-def lineage_of(plan: MergePlan) -> dict[str, Any]:
-    """The record. Tensors of one kind share an entry of `actions`; `of` says which, run by run in the order of the index."""
+def lineage_of(plan: MergePlan, state: Mapping[str, Any]) -> dict[str, Any]:
+    """The record. Tensors of one kind share an entry of `actions`; `of` says which, run by run in the order of the index.
+
+    Args:
+        state: that the recipe's method leaves for a later merge.
+    """
     actions: dict[str, int] = {}  # as JSON, by number
     runs: list[list[int]] = []
     for tensor in plan.tensors:
@@ -62,6 +66,7 @@ def lineage_of(plan: MergePlan) -> dict[str, Any]:
         "actions": [json.loads(action) for action in actions],
         "of": runs,
         "dropped": len(plan.catalog.dropped),
+        **({"state": {"method": plan.bounds[0].method.name, **state}} if state else {}),
     }
 
 

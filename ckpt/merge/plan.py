@@ -240,6 +240,12 @@ class _Binder:
         method = parameters.make(cls, combine.parameters, combine.at)
         bound = Bound(method=method, context=self._context, combine=combine)
         self._check(bound)
+        if method.keeps_state and self.bounds:
+            raise InvalidInputError(
+                f"{combine.at.at}: method `{method.name}` leaves a state for the next merge, so it must be the method of the "
+                "whole recipe",
+                kind="not-in-a-rule",
+            )
         self._known[id(combine)] = len(self.bounds)
         self.bounds.append(bound)
         return len(self.bounds) - 1
@@ -257,6 +263,11 @@ class _Binder:
             most = "" if needs.num_sources_max is None else f" to {needs.num_sources_max}"
             raise InvalidInputError(
                 f"method `{method.name}` merges {needs.num_sources_min}{most} sources, found {num}", kind="wrong-number"
+            )
+        odd = [source.label for source in self._context.sources if source.weight != 1.0]
+        if not needs.weights and odd:
+            raise InvalidInputError(
+                f"method `{method.name}` does not look at weights, and {odd[0]} is given one", kind="no-weights"
             )
         if needs.metric is not None:
             self._context.metric(needs.metric)
