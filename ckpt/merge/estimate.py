@@ -70,9 +70,10 @@ def _limits(plan: MergePlan, memory_bytes: int | None, workers: int, options: Op
             if _has_units(plan)
             else Limits(span_bytes=SPAN_BYTES, unit_bytes=SPAN_BYTES, total_bytes=SPANS_AT_ONCE * SPAN_BYTES)
         )
-    each = memory_bytes // workers - fixed
+    parent = _parent_bytes(workers)
+    each = (memory_bytes - parent) // workers - fixed
     if each < (SPANS_AT_ONCE + 1) * SPAN_BYTES_MIN:
-        least = (fixed + (SPANS_AT_ONCE + 1) * SPAN_BYTES_MIN) * workers
+        least = (fixed + (SPANS_AT_ONCE + 1) * SPAN_BYTES_MIN) * workers + parent
         raise BudgetError(
             f"a merge by {workers} processes takes at least {least >> 20} MiB, and may take {memory_bytes >> 20} MiB",
             hints=("allow more with `--memory`, or take fewer `--workers`",),
@@ -88,6 +89,11 @@ def _fixed_bytes(options: Options) -> int:
     return PROGRAM_BYTES + buffers * options.chunk_bytes + reads
 
 
+def _parent_bytes(workers: int) -> int:
+    """Of the process that starts workers, and does nothing itself."""
+    return PROGRAM_BYTES if workers > 1 else 0
+
+
 def _has_units(plan: MergePlan) -> bool:
     return any(bound.num_passes and bound.needs.scope == "tensor" for bound in plan.bounds)
 
@@ -100,7 +106,7 @@ def estimate(plan: MergePlan, limits: Limits, workers: int, options: Options) ->
     result = max([limits.span_bytes, *(t.spec.nbytes for t in plan.tensors if in_memory(plan, t, limits))])
     passes = range(plan.num_passes - 1)
     return Estimate(
-        peak_bytes=workers * (_fixed_bytes(options) + spans + result + matrix) + (PROGRAM_BYTES if workers > 1 else 0),
+        peak_bytes=workers * (_fixed_bytes(options) + spans + result + matrix) + _parent_bytes(workers),
         matrix_bytes=matrix,
         passes=plan.num_passes,
         read_nbytes=sum(t.read_nbytes for t in plan.tensors)
