@@ -292,7 +292,9 @@ def _matrices(method: Elementwise, name: str) -> Iterator[None]:
         with one_thread():
             yield
     except np.linalg.LinAlgError as error:
-        raise CheckpointError(f"method `{method.name}` cannot merge `{name}`: {error}", kind="no-convergence") from error
+        raise CheckpointError(
+            f"method `{method.name}` cannot merge `{name}`: {error}", kind="no-convergence"
+        ) from error
 
 
 def _slots(row: Row) -> list[tuple[int, float]]:

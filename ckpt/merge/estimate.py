@@ -7,7 +7,6 @@ itself included, and is meant never to be below what is measured (tests/merge/te
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import psutil
@@ -41,20 +40,21 @@ class Estimate:
 def limits_for(plan: MergePlan, memory_bytes: int | None, workers: int, options: Options) -> Limits:
     """The limits of each of `workers` processes. BudgetError when the memory is too little for any merge, or for this one."""
     limits = _limits(plan, memory_bytes, workers, options)
-    if memory_bytes is None or estimate(plan, limits, workers, options).peak_bytes <= memory_bytes:
+    whole = [tensor for tensor in plan.tensors if must_be_whole(plan, tensor)]
+    if memory_bytes is None or not whole or estimate(plan, limits, workers, options).peak_bytes <= memory_bytes:
         return limits
     span = SPAN_BYTES_MIN  # whole matrices leave little for anything else
     limits = Limits(span_bytes=span, unit_bytes=span, total_bytes=SPANS_AT_ONCE * span)
     peak = estimate(plan, limits, workers, options).peak_bytes
-    largest = max(filter(lambda one: must_be_whole(plan, one), plan.tensors), key=_matrix_of(plan), default=None)
-    if largest is not None and peak > memory_bytes:
-        each = _matrix_of(plan)(largest)
-        raise BudgetError(
-            f"`{largest.spec.name}` {list(largest.spec.shape)} must be in memory whole, which takes {-(-each // MIB)} MiB; with "
-            f"{workers} processes the merge takes {-(-peak // MIB)} MiB, and may take {memory_bytes >> 20} MiB",
-            hints=("allow more with `--memory`, take fewer `--workers`", "give large tensors another method by a rule"),
-        )
-    return limits
+    if peak <= memory_bytes:
+        return limits
+    largest = max(whole, key=functools.partial(_matrix_bytes, plan))
+    raise BudgetError(
+        f"`{largest.spec.name}` {list(largest.spec.shape)} must be in memory whole, which takes "
+        f"{-(-_matrix_bytes(plan, largest) // MIB)} MiB; with {workers} processes the merge takes {-(-peak // MIB)} MiB, and may "
+        f"take {memory_bytes // MIB} MiB",
+        hints=("allow more with `--memory`, or take fewer `--workers`", "a rule can give large tensors another method"),
+    )
 
 
 def _limits(plan: MergePlan, memory_bytes: int | None, workers: int, options: Options) -> Limits:
@@ -118,10 +118,6 @@ def estimate(plan: MergePlan, limits: Limits, workers: int, options: Options) ->
 
 def _unit_bytes(tensor: TensorPlan) -> int:
     return tensor.read_nbytes
-
-
-def _matrix_of(plan: MergePlan) -> Callable[[TensorPlan], int]:
-    return functools.partial(_matrix_bytes, plan)
 
 
 def _matrix_bytes(plan: MergePlan, tensor: TensorPlan) -> int:

@@ -61,7 +61,9 @@ class SourceInfo:
     weight: float  # as the user gave it; 1.0 otherwise
     place: int  # in the order in which the user named the sources
     digest: str = ""  # of its index
-    state: Mapping[str, Any] = field(default_factory=dict)  # what the merge that made it left for the next one: see `Method.state`
+    state: Mapping[str, Any] = field(
+        default_factory=dict
+    )  # what the merge that made it left for the next one: see `Method.state`
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -52,8 +52,17 @@ METHODS: dict[str, dict[str, Any]] = {
     "ties, layer": {"keep": 0.3, "scope": "layer"},
     "noisy": {"amount": 0.5},
     "tsv_m": {},
+    "tsv_m_reweighted": {},
+    "multislerp": {},
+    "multislerp, deltas": {"deltas": True},
+    "karcher": {},
+    "model_stock": {},
+    "sce": {"select": 0.4},
+    "widen": {},
+    "opcm": {},
+    "doge": {"steps": 20},
 }
-NEED_BASE = ("ties", "tsv_m", "noisy")
+NO_BASE = ("uniform", "ema", "weights", "multislerp", "karcher")
 
 
 @ckpt.merge_method("noisy")
@@ -84,7 +93,7 @@ class Noisy(Elementwise):
 
 def merge(sources: Sequence[str], base: str, into: Path, method: str, **more: Any) -> list[str]:
     name = method.partition(",")[0]
-    extra = {"base": base} if name in NEED_BASE else {}
+    extra = {"base": base} if method not in NO_BASE else {}
     ckpt.merge(list(sources), into, method=name, **METHODS[method], **extra, **more)
     return images(into)
 
