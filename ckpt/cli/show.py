@@ -15,6 +15,7 @@ from ckpt.cli.timing import show_timing
 from ckpt.engine.reader import StoredCheckpoint
 from ckpt.errors import CheckpointError, InvalidInputError
 from ckpt.layout.files import write_layout
+from ckpt.merge.lineage import KEY as LINEAGE
 
 
 @command("show")
@@ -98,7 +99,7 @@ def _print(printer: Printer, shown: dict[str, Any]) -> None:
         ("attempt", shown["attempt"]),
         ("layout", layout),
         *((f"metric {name}", f"{value:.6g}") for name, value in shown["metrics"].items()),
-        *((f"metadata {name}", json.dumps(plain(value))) for name, value in shown["metadata"].items()),
+        *((f"metadata {name}", _short(name, value)) for name, value in shown["metadata"].items()),
     )
     width = max(len(name) for name, _ in facts) + 1
     printer.text("\n".join(f"{name + ':':<{width}} {value}" for name, value in facts) + "\n")
@@ -123,6 +124,13 @@ def _print(printer: Printer, shown: dict[str, Any]) -> None:
         )
         rows = [(o["name"], o["kind"], o["rank"], texts.size(o["nbytes"])) for o in shown["objects"]]
         printer.table(columns, rows)
+
+
+def _short(name: str, value: Any) -> str:
+    """Metadata as one line; the lineage of a merge has a command of its own."""
+    if name == LINEAGE and isinstance(value, dict) and isinstance(value.get("sources"), list):
+        return f"of {texts.plural(len(value['sources']), 'source')}; `ckpt explain` tells more"
+    return json.dumps(plain(value))
 
 
 def _referred(references: list[dict[str, Any]]) -> list[tuple[str, str]]:

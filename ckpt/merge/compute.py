@@ -7,6 +7,7 @@ tiles are shared out over threads. Never reads or writes a file. One owner threa
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import TypeVar
@@ -71,7 +72,8 @@ class Computer:
         """What a pass finds in one row, its tiles folded in their order."""
         method = self._method(filled.span.rows[row])
         whole = self.tile(filled, row)
-        tiles = [whole.part(box) for box in self._tiles(whole, MERGE_TILE_ELEMENTS, filled.span.rows[row])]
+        boxes = list(self._tiles(whole, MERGE_TILE_ELEMENTS, filled.span.rows[row]))
+        tiles = [self._part(whole, box, len(boxes)) for box in boxes]
         out = Summary()
         with _matrices(method, whole.name):
             for summary in self._map(lambda tile: method.observe(tile, number, constants), tiles):
@@ -169,7 +171,7 @@ class Computer:
         boxes = list(self._tiles(whole, APPLY_ELEMENTS, one))
         stops = np.cumsum([box.volume * itemsize for box in boxes]).tolist()
         work = [
-            (whole.part(box), target[stop - box.volume * itemsize : stop])
+            (self._part(whole, box, len(boxes)), target[stop - box.volume * itemsize : stop])
             for box, stop in zip(boxes, stops, strict=True)
         ]
         with _matrices(method, whole.name):
@@ -201,10 +203,17 @@ class Computer:
             return
         yield from cut(whole.box.lengths, limit, whole_rows=unit == "row")
 
+    def _part(self, whole: Tile, box: Box, num: int) -> Tile:
+        """One of `num` tiles. Threads share tiles out; a tile that is alone has them all."""
+        return dataclasses.replace(whole.part(box), threads=self._threads if num == 1 else 1)
+
     def _map(self, work: Callable[[_T], _R], items: Sequence[_T]) -> Iterator[_R]:
+        """In order; never more results at a time than threads."""
         if self._pool is None or len(items) < 2:
-            return map(work, items)
-        return self._pool.map(work, items)
+            yield from map(work, items)
+            return
+        for start in range(0, len(items), self._threads):
+            yield from self._pool.map(work, items[start : start + self._threads])
 
     # everything else
 

@@ -6,6 +6,7 @@ itself included, and is meant never to be below what is measured (tests/merge/te
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from dataclasses import dataclass
 
@@ -15,13 +16,13 @@ from ckpt.config import MIB, Options
 from ckpt.errors import BudgetError
 from ckpt.merge.method import Matrix
 from ckpt.merge.plan import MergePlan, TensorPlan
-from ckpt.merge.reading import READS_AT_ONCE
+from ckpt.merge.reading import READS_AT_ONCE, SPANS_AHEAD
 from ckpt.merge.spans import Limits, in_memory, must_be_whole, needs_pass
 
 PROGRAM_BYTES = 128 * MIB  # of one process: the interpreter, NumPy, Arrow, indexes of a usual size
 SPAN_BYTES = 64 * MIB  # of one span where memory does not matter: more makes nothing faster
 SPAN_BYTES_MIN = 4 * MIB
-SPANS_AT_ONCE = 3
+SPANS_AT_ONCE = SPANS_AHEAD
 MEMORY_FRACTION = 4  # units may take a quarter of the memory that is free, where no limit is given
 
 
@@ -61,15 +62,7 @@ def _limits(plan: MergePlan, memory_bytes: int | None, workers: int, options: Op
     fixed = _fixed_bytes(options)
     if memory_bytes is None:
         free = int(psutil.virtual_memory().available) // MEMORY_FRACTION // workers
-        return (
-            Limits(
-                span_bytes=SPAN_BYTES,
-                unit_bytes=max(free, SPAN_BYTES),
-                total_bytes=max(free, SPANS_AT_ONCE * SPAN_BYTES),
-            )
-            if _has_units(plan)
-            else Limits(span_bytes=SPAN_BYTES, unit_bytes=SPAN_BYTES, total_bytes=SPANS_AT_ONCE * SPAN_BYTES)
-        )
+        return _with_units(plan, Limits(span_bytes=SPAN_BYTES, unit_bytes=max(free, SPAN_BYTES), total_bytes=0))
     parent = _parent_bytes(workers)
     each = (memory_bytes - parent) // workers - fixed
     if each < (SPANS_AT_ONCE + 1) * SPAN_BYTES_MIN:
@@ -79,7 +72,15 @@ def _limits(plan: MergePlan, memory_bytes: int | None, workers: int, options: Op
             hints=("allow more with `--memory`, or take fewer `--workers`",),
         )
     span = max(SPAN_BYTES_MIN, min(SPAN_BYTES, each // (SPANS_AT_ONCE + 1)))
-    return Limits(span_bytes=span, unit_bytes=max(each - span, span), total_bytes=each - span)
+    return _with_units(plan, Limits(span_bytes=span, unit_bytes=max(each - 2 * span, span), total_bytes=0))
+
+
+def _with_units(plan: MergePlan, limits: Limits) -> Limits:
+    """As much for all spans on their way as keeps the disk busy: three of the usual length, or the largest tensor that is kept
+    in memory and one more."""
+    largest = max((t.read_nbytes for t in plan.tensors if in_memory(plan, t, limits)), default=0)
+    total = max(SPANS_AT_ONCE * limits.span_bytes, largest + limits.span_bytes)
+    return dataclasses.replace(limits, total_bytes=total)
 
 
 def _fixed_bytes(options: Options) -> int:
@@ -94,19 +95,13 @@ def _parent_bytes(workers: int) -> int:
     return PROGRAM_BYTES if workers > 1 else 0
 
 
-def _has_units(plan: MergePlan) -> bool:
-    return any(bound.num_passes and bound.needs.scope == "tensor" for bound in plan.bounds)
-
-
 def estimate(plan: MergePlan, limits: Limits, workers: int, options: Options) -> Estimate:
     """The figures of a plan."""
     matrix = max((_matrix_bytes(plan, tensor) for tensor in plan.tensors if must_be_whole(plan, tensor)), default=0)
-    units = max((_unit_bytes(tensor) for tensor in plan.tensors if in_memory(plan, tensor, limits)), default=0)
-    spans = min(limits.total_bytes, max(SPANS_AT_ONCE * limits.span_bytes, units + limits.span_bytes))
     result = max([limits.span_bytes, *(t.spec.nbytes for t in plan.tensors if in_memory(plan, t, limits))])
     passes = range(plan.num_passes - 1)
     return Estimate(
-        peak_bytes=workers * (_fixed_bytes(options) + spans + result + matrix) + _parent_bytes(workers),
+        peak_bytes=workers * (_fixed_bytes(options) + limits.total_bytes + result + matrix) + _parent_bytes(workers),
         matrix_bytes=matrix,
         passes=plan.num_passes,
         read_nbytes=sum(t.read_nbytes for t in plan.tensors)
@@ -114,10 +109,6 @@ def estimate(plan: MergePlan, limits: Limits, workers: int, options: Options) ->
         written_nbytes=plan.written_nbytes,
         num_images=len(plan.images),
     )
-
-
-def _unit_bytes(tensor: TensorPlan) -> int:
-    return tensor.read_nbytes
 
 
 def _matrix_bytes(plan: MergePlan, tensor: TensorPlan) -> int:

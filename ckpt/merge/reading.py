@@ -33,6 +33,7 @@ from ckpt.merge.spans import Limits, Span, aligned
 from ckpt.plan.read import contiguous_strides, uncovered
 from ckpt.snapshot.images import allocate
 
+SPANS_AHEAD = 3  # that are computed, or read, at a time
 READS_AT_ONCE = 3  # sources that are read at a time, each with some native reads in flight
 
 
@@ -119,7 +120,9 @@ class SpanReader:
         image, fragments = None, None
         try:
             while True:
-                while waiting is not None or (waiting := spans.take(wait=not ahead)) is not None:
+                while len(ahead) < SPANS_AHEAD and (
+                    waiting is not None or (waiting := spans.take(wait=not ahead)) is not None
+                ):
                     if image is not waiting[0]:
                         image, fragments = waiting[0], self._fragments.part(self._plan, waiting[0])
                     assert fragments is not None
