@@ -19,15 +19,17 @@ from torch.distributed.tensor import Shard
 import ckpt
 from bench import options
 from bench.background import save_in_background, stall_ratio
-from bench.floors import Direct, drop_cache, warm_cache
+from bench.floors import Direct, DirectImages, drop_cache, warm_cache
 from bench.limits import limits, show_limits
 from bench.measure import Measured, measure, remove, size_of
 from bench.ranks import Rank, run_ranks
 from bench.series import Table, add, ratios, show, summarize
 from bench.systems import Dcp, DcpAsync, Ours, OursFenced, OursNewRun, Phases, Safetensors
-from bench.workloads import State, check_equal, gpt_shapes, nbytes, plain, scramble, sharded, tp_placement
+from bench.workloads import State, check_equal, gpt_shapes, local_of, nbytes, plain, scramble, sharded, tp_placement
 
 STALL_TARGET = 10.0  # dcp.async_save's best variant over ours
+LONG_PASS_S = 0.5  # between a save and the next step, beside the usual 0.1
+_ROOM_BYTES = 64 << 20  # header and objects of an image
 COPIES = 6  # of the state, on disk or in memory at one time, with some room
 
 
@@ -83,8 +85,8 @@ def body(rank: Rank, size: dict[str, int], repeats: int) -> dict[str, Any]:
     loads = _Loads(rank, shapes, state)
     table: Table = {}
     sizes: dict[str, dict[str, int]] = {}
-    asynchronous = [OursFenced(), DcpAsync(keep=False), DcpAsync(keep=True)]
-    direct = Direct()
+    asynchronous = [OursFenced(), OursFenced(LONG_PASS_S), DcpAsync(keep=False), DcpAsync(keep=True)]
+    direct, images = Direct(), DirectImages(sum(local_of(t).nbytes for t in state.values()) + _ROOM_BYTES)
     for step in range(repeats + 1):
         for system in (Ours(), OursNewRun(), Dcp(), Safetensors(), direct):
             folder = rank.folder / system.name.replace(" ", "-").replace("/", "-")
@@ -92,6 +94,8 @@ def body(rank: Rank, size: dict[str, int], repeats: int) -> dict[str, Any]:
             sizes.setdefault(system.name, size_of(folder))
             if isinstance(system, Dcp) or type(system) is Ours:
                 _load_all(rank, table, loads, system, folder, step)
+                if not isinstance(system, Dcp):
+                    _read_images(rank, table, images, folder, step)
             elif not isinstance(system, OursNewRun):
                 _load_own(rank, table, state, loads, system, folder, step)
             remove(rank, folder)
@@ -123,6 +127,13 @@ def _load_all(rank: Rank, table: Table, loads: _Loads, system: Ours | Dcp, folde
             add(table, f"load {kind}, {cache}", system.name, loads.run(kind, system, folder, step))
             if step == 0 and cache == "cold":
                 loads.check(kind, system.name)
+
+
+def _read_images(rank: Rank, table: Table, images: DirectImages, folder: Path, step: int) -> None:
+    rank.together()
+    if rank.rank == 0:
+        drop_cache(folder)
+    add(table, "load same layout, cold", images.name, measure(rank, lambda: images.load(folder, step)))
 
 
 def _load_own(rank: Rank, table: Table, state: State, loads: _Loads, system: Any, folder: Path, step: int) -> None:

@@ -56,9 +56,12 @@ class OursFenced(Ours):
     A forward and a backward pass come after the call (here a pause), then a step of the optimizer, which waits at the fence.
     """
 
-    pass_s = 0.1
+    PASS_S = 0.1
 
-    def __init__(self) -> None:
+    def __init__(self, pass_s: float = PASS_S) -> None:
+        self.pass_s = pass_s
+        if pass_s != self.PASS_S:
+            self.name = f"ckpt, {pass_s:g} s to the step"
         self._optimizer: torch.optim.Optimizer | None = None
         self.stall_s = 0.0  # of the last save: in the call, and at the fence
 

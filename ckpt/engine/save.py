@@ -130,12 +130,15 @@ class SaveSession:
         attempt = self._prepare(local, request, error, timeline or Timeline(), to_store=to_store)
         with self._telling_others(attempt):
             memory = self._take(attempt, pinned=_on_device(local))
+            specs = (
+                local.specs
+            )  # `local` itself would be kept until the save is over, and the collector look at all of it
             attempt.staging = Staging(
                 attempt.packer,
                 memory,
                 timeline=attempt.timeline,
                 devices=DeviceCopies(local),
-                name_of=lambda number: local.specs[number].name,
+                name_of=lambda number: specs[number].name,
             )
             try:
                 if self._options.check_fence:

@@ -116,8 +116,8 @@ class LocalState:
         None
     )  # how the tensors lie, for the saved layout (JSON values)
     storage_of_piece: NDArray[np.uint64] | None = None  # [N] where the block of memory begins that piece i is a part of
-    # All tensors of the user's state and where the storage of each begins; empty where that is not known.
-    seen: Callable[[], tuple[Sequence[Any], Sequence[int]]] = lambda: ((), ())
+    # All tensors of the user's state, this rank's part of each, and where its storage begins; empty where that is not known.
+    seen: Callable[[], tuple[Sequence[Any], Sequence[Any], Sequence[int]]] = lambda: ((), (), ())
     on_device: NDArray[np.bool_] | None = None  # [N] `address` is a device's, not the host's; None: all on the host
 
     @staticmethod

@@ -15,7 +15,7 @@ import itertools
 import os
 import threading
 import weakref
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -23,7 +23,6 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import nn
-from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
@@ -142,20 +141,23 @@ def fence() -> None:
 
 def guarded(local: LocalState) -> Guarded:
     """What fences guard of a state that was just collected; nothing where its tensors are not known one by one."""
-    tensors, starts = local.seen() if _guards else ((), ())
+    guards = sorted(_guards.values(), key=lambda guard: guard.turn)
+    tensors, parts, starts = local.seen() if guards else ((), (), ())
     if not tensors:
         return NOTHING
-    start_of = dict(zip(map(id, tensors), starts, strict=True))
-    turns = [list(map(id, guard.tensors())) for guard in sorted(_guards.values(), key=lambda guard: guard.turn)]
-    shared = {start_of[one] for one in start_of.keys() - set().union(*turns)} | {0}
-    found = [{start_of[one] for one in ids if one in start_of} - shared for ids in turns]
-    late = set().union(*found)
-    chosen = [(tensor, start) for tensor, start in zip(tensors, starts, strict=True) if start in late]
+    ids, storage = _ids(tensors), np.array(starts, np.uint64)
+    turns = [lies_in(ids, np.sort(_ids(guard.tensors()))) for guard in guards]
+    free = np.unique(storage[~np.any(turns, axis=0)])
+    late = (storage != 0) & ~lies_in(storage, free)
     return Guarded(
-        turns=[np.array(sorted(one), np.uint64) for one in found],
-        tensors=[tensor._local_tensor if isinstance(tensor, DTensor) else tensor for tensor, _ in chosen],
-        storage=np.array([start for _, start in chosen], np.uint64),
+        turns=[np.unique(storage[turn & late]) for turn in turns],
+        tensors=list(itertools.compress(parts, late.tolist())),
+        storage=storage[late],
     )
+
+
+def _ids(tensors: Sequence[torch.Tensor]) -> NDArray[np.uint64]:
+    return np.fromiter(map(id, tensors), np.uint64, len(tensors))
 
 
 def lies_in(storage: Storages, storages: Storages) -> NDArray[np.bool_]:

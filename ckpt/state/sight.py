@@ -82,10 +82,11 @@ class Sight:
     leaves: dict[str, list[Any]]  # values that are no tensors, by entry
     values: dict[str, Any]  # what `state_dict()` gave, by entry
     tensors: list[torch.Tensor]  # that were looked at, in the order of the facts
+    parts: list[torch.Tensor]  # this rank's part of each: the tensor itself, or of a DTensor the local one
 
-    def seen(self) -> tuple[list[torch.Tensor], list[int]]:
-        """The tensors, and where the storage of each begins."""
-        return self.tensors, self.facts.starts
+    def seen(self) -> tuple[list[torch.Tensor], list[torch.Tensor], list[int]]:
+        """The tensors, this rank's part of each, and where its storage begins."""
+        return self.tensors, self.parts, self.facts.starts
 
 
 class _NeedsWalkError(Exception):
@@ -106,6 +107,7 @@ def look(entries: Sequence[Entry], names: Iterable[tuple[str, torch.Tensor]]) ->
         leaves=looker.leaves,
         values=looker.values,
         tensors=looker.tensors,
+        parts=looker.parts,
     )
 
 
@@ -129,6 +131,7 @@ class _Looker:
         self.values: dict[str, Any] = {}
         self._structure = self.facts.structure
         self.tensors: list[torch.Tensor] = []
+        self.parts: list[torch.Tensor] = []
         self._numbers: dict[int, int] = {}  # of the tensors by their ids
 
     def look(self, entries: Sequence[Entry], names: Iterable[tuple[str, torch.Tensor]]) -> None:
@@ -257,7 +260,9 @@ class _Looker:
         for start in range(0, len(self.tensors), _TENSORS_PER_PASS):
             tensors = self.tensors[start : start + _TENSORS_PER_PASS]
             self.facts.sizes += map(_tensor.size, tensors)
-            self._memory(self._locals(tensors))
+            parts = self._locals(tensors)
+            self.parts += parts
+            self._memory(parts)
 
     def _locals(self, tensors: list[torch.Tensor]) -> list[torch.Tensor]:
         kinds = set(map(type, tensors))
