@@ -56,6 +56,13 @@ def svd(matrix: Float64Array) -> tuple[Float64Array, Float64Array, Float64Array]
     return u, s, v
 
 
+def svd_nbytes(shape: tuple[int, int]) -> int:
+    """About what `svd` takes beside its matrix: copies, factors twice, LAPACK's own room (measured: a bit less)."""
+    rows, columns = shape
+    rank = min(shape)
+    return 8 * (3 * rows * columns + 2 * rank * (rows + columns) + 5 * rank * rank)
+
+
 def rank_of(singular_values: Float64Array, shape: tuple[int, ...]) -> int:
     """How many singular values (falling) are more than rounding."""
     if not len(singular_values) or singular_values[0] == 0.0:

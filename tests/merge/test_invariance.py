@@ -152,7 +152,7 @@ def layout_of(sizes: tuple[int, int], cuts: Sequence[tuple[int, ...]]) -> Layout
 
 @pytest.mark.parametrize("method", METHODS)
 @settings(
-    max_examples=4, phases=(Phase.explicit, Phase.generate), suppress_health_check=[HealthCheck.function_scoped_fixture]
+    max_examples=2, phases=(Phase.explicit, Phase.generate), suppress_health_check=[HealthCheck.function_scoped_fixture]
 )
 @given(st.lists(layouts, min_size=4, max_size=4))
 def test_layouts_of_the_sources_change_no_bit(

@@ -15,7 +15,7 @@ import numpy as np
 
 from ckpt.errors import InvalidInputError
 from ckpt.kernels import merge as kernels
-from ckpt.merge.matrices import svd
+from ckpt.merge.matrices import svd, svd_nbytes
 from ckpt.merge.method import Constants, Context, Float64Array, Matrix, Needs, Summary
 from ckpt.merge.methods.ties import HIGH_BITS, LOW_BITS, place_of
 from ckpt.merge.registry import merge_method
@@ -56,7 +56,8 @@ class Doge(Matrix):
         return Needs(base=True, unit="matrix", passes=2, scope="model", weights=False)
 
     def memory_bytes(self, shape: Sequence[int], num_sources: int) -> int:
-        return 8 * math.prod(shape) * (num_sources + 8)
+        own = 8 * math.prod(shape) * (num_sources + 5)
+        return own + svd_nbytes((shape[0], shape[1])) if len(shape) == 2 else own
 
     def observe(self, tile: Tile, number: int, constants: Constants) -> Summary:
         bits, shift = (HIGH_BITS, LOW_BITS) if number == 0 else (LOW_BITS, 0)

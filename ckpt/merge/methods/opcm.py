@@ -19,7 +19,7 @@ import numpy as np
 
 from ckpt.errors import InvalidInputError, MismatchError
 from ckpt.kernels import merge as kernels
-from ckpt.merge.matrices import svd
+from ckpt.merge.matrices import svd, svd_nbytes
 from ckpt.merge.method import Constants, Context, Float64Array, Matrix, Needs, Order, Summary
 from ckpt.merge.registry import merge_method
 from ckpt.merge.tile import Tile
@@ -55,8 +55,8 @@ class Opcm(Matrix):
         return True
 
     def memory_bytes(self, shape: Sequence[int], num_sources: int) -> int:
-        rank = min(shape) if len(shape) == 2 else 0
-        return 8 * (7 * math.prod(shape) + 4 * rank * rank)
+        own = 8 * 4 * math.prod(shape)
+        return own + svd_nbytes((shape[0], shape[1])) if len(shape) == 2 else own
 
     def check(self, context: Context) -> None:
         order = context.in_order(self.order)

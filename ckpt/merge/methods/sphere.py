@@ -76,10 +76,15 @@ class Multislerp(_Sphere):
 
     Args:
         deltas: of the changes to the base instead of the parameters themselves.
+        ways: how long they are: as the arcs, or as their chords seen from the side (as mergekit has it): the mean of those is
+            nothing, so that the weighted mean of the unit vectors, made a unit vector, is all there is to it.
     """
 
+    ways: Literal["arc", "chord"] = "arc"
+
     def direction(self, cosines: Dots, shares: Sequence[float]) -> list[float]:
-        return _walked(cosines, shares, _start(cosines, shares))[0]
+        start = _start(cosines, shares)
+        return start if self.ways == "chord" else _walked(cosines, shares, start)[0]
 
 
 @merge_method("karcher")

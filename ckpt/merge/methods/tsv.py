@@ -13,7 +13,7 @@ from typing import Literal
 import numpy as np
 
 from ckpt.errors import InvalidInputError
-from ckpt.merge.matrices import polar, svd
+from ckpt.merge.matrices import polar, svd, svd_nbytes
 from ckpt.merge.method import Constants, Float64Array, Matrix, Needs
 from ckpt.merge.registry import merge_method
 from ckpt.merge.tile import Tile
@@ -35,9 +35,8 @@ class _Tsv(Matrix):
         if len(shape) != 2:
             return 8 * math.prod(shape) * 4
         rows, columns = shape
-        rank = min(rows, columns)
-        kept = max(1, rank // num_sources) * num_sources
-        return 8 * (4 * rows * columns + 3 * rank * rank + 3 * kept * (rows + columns))
+        kept = max(1, min(shape) // num_sources) * num_sources
+        return svd_nbytes((rows, columns)) + 8 * (rows * columns + 2 * kept * (rows + columns))
 
     def kept(self, singular_values: Float64Array, delta: Float64Array, most: int) -> int:
         """How many singular vectors of a change stay, at most `most`."""
@@ -93,16 +92,16 @@ class TsvMReweighted(_Tsv):
 
     Args:
         scale: of the merged change.
-        weights: `outlier`: a source counts in a matrix by the norm of its outliers there, its elements above `sigmas` times their
+        weigh: `outlier`: a source counts in a matrix by the norm of its outliers there, its elements above `sigmas` times their
             root mean square, times the number of sources over the sum of these norms; `uniform`: all count once.
-        sigmas: see `weights`.
+        sigmas: see `weigh`.
         rank: how many singular vectors stay of those that TSV-M gives to a source: `energy`: the fewest with a share `energy`
             of the squares of all singular values; `sparsity`: the share of elements that are not small (0.05 times their root
             mean square, or less); `equal`: all.
         energy: see `rank`.
     """
 
-    weights: Literal["uniform", "outlier"] = "outlier"
+    weigh: Literal["uniform", "outlier"] = "outlier"
     sigmas: float = 3.0
     rank: Literal["equal", "energy", "sparsity"] = "sparsity"
     energy: float = 0.9
@@ -121,7 +120,7 @@ class TsvMReweighted(_Tsv):
         return max(1, int(most * (large / delta.size)))
 
     def weights_of(self, tile: Tile) -> list[float]:
-        if self.weights == "uniform":
+        if self.weigh == "uniform":
             return [1.0] * len(tile)
         norms = [_outlier_norm(tile.delta(source), self.sigmas) for source in range(len(tile))]
         total = math.fsum(norms)
