@@ -31,6 +31,7 @@ from ckpt.cli.show import show
 from ckpt.cli.simulate import simulate
 from ckpt.cli.tensors import tensors
 from ckpt.cli.unforget import unforget
+from ckpt.cli.unmerge import unmerge
 from ckpt.cli.verify import verify
 from ckpt.commit.complete import PROGRAM
 from ckpt.errors import CheckpointError
@@ -56,6 +57,7 @@ for _command in (
     copy,
     merge,
     explain,
+    unmerge,
     export,
     report,
     forget,

@@ -93,7 +93,16 @@ def merge(
         output={"url": None if into is None else os.fspath(into), "step": step},
         intersect=intersect,
     )
-    recipe = recipe_of(overlaid(_nodes(sources), given, "merge()"))
+    return merge_recipe(recipe_of(overlaid(_nodes(sources), given, "merge()")), options, storage_options, progress)
+
+
+def merge_recipe(
+    recipe: Recipe,
+    options: Options | None = None,
+    storage_options: Mapping[str, Any] | None = None,
+    progress: Progress | None = None,
+) -> Merged:
+    """`merge`, of a recipe that is read already."""
     if recipe.output is None:
         raise InvalidInputError("say where the result goes: `into`", kind="no-output")
     chosen = config.from_environment(options)

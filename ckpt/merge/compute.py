@@ -102,6 +102,7 @@ class Computer:
             base_elements=None if base is None else base[0],
             slot_elements={s: tuple(found.get((f"slot:{s}", n), (None, ()))[0] for n in numbers) for s in slots},
             slot_shapes={s: tuple(found.get((f"slot:{s}", n), (None, ()))[1] for n in numbers) for s in slots},
+            output=one.plan.output,
         )
 
     # weighted sums

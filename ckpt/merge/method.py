@@ -164,6 +164,10 @@ class Method:
     def check(self, context: Context) -> None:
         """Refuse sources that it cannot merge: InvalidInputError."""
 
+    def num_outputs(self, context: Context) -> int:
+        """How many tensors of one shape it makes of each; `Tile.output` says which is asked for. A Linear makes one."""
+        return 1
+
     @property
     def keeps_state(self) -> bool:
         """Whether `state` is to be asked for: a method with passes over the whole model, and that of the whole recipe."""

@@ -25,6 +25,7 @@ from ckpt.merge.catalog import Catalog, Entry, match
 from ckpt.merge.images import ImagePlan, plan_images
 from ckpt.merge.method import Coefficients, Context, Elementwise, Linear, Method, Needs, Unit
 from ckpt.merge.objects import ResultObject, objects_of
+from ckpt.merge.outputs import UNMERGE, output_name, refuse_taken
 from ckpt.merge.policy import MASTER_COPY
 from ckpt.merge.recipe import Combine, Recipe
 from ckpt.merge.slots import ROLE, SECOND_MOMENTS
@@ -72,7 +73,10 @@ class TensorPlan:
     kind: Kind
     feeds: tuple[Feed, ...]  # sources in canonical order first
     subject: str = ""  # the name that a method sees: of a master copy that of its parameter
-    is_echo: bool = False  # a master copy that is kept: the same elements as its parameter, which statistics count once
+    is_echo: bool = (
+        False  # made of the same elements as another tensor, which statistics count once: a master copy that is kept
+    )
+    output: int = 0  # which of the tensors that a method makes of one: see ckpt.merge.outputs
     bound: int = -1  # number of the method, of kinds linear and element
     coefficients: Coefficients | None = None  # of kinds linear and pool
 
@@ -287,7 +291,24 @@ class _Binder:
                     )
                 else:
                     made[entry.spec.name] = self._tensor(number, entry)
-        return tuple(made[entry.spec.name] for entry in entries)
+        return self._with_outputs([made[entry.spec.name] for entry in entries])
+
+    def _with_outputs(self, tensors: Sequence[TensorPlan]) -> tuple[TensorPlan, ...]:
+        """With the further tensors of methods that make several of each, by name."""
+        out = list(tensors)
+        for tensor in tensors:
+            if tensor.kind != "element" or tensor.is_echo:
+                continue
+            bound = self.bounds[tensor.bound]
+            for number in range(1, bound.method.num_outputs(bound.context)):
+                spec = dataclasses.replace(tensor.spec, name=output_name(tensor.spec.name, number), aliases=())
+                entry = dataclasses.replace(tensor.entry, spec=spec)
+                out.append(dataclasses.replace(tensor, spec=spec, entry=entry, is_echo=True, output=number))
+        if len(out) == len(tensors):
+            return tuple(tensors)
+        refuse_taken([tensor.spec.name for tensor in tensors], [one.spec.name for one in out[len(tensors) :]])
+        by_name = sorted(out, key=lambda one: one.spec.name)
+        return tuple(dataclasses.replace(one, number=number) for number, one in enumerate(by_name))
 
     def _tensor(self, number: int, entry: Entry) -> TensorPlan:
         plan = self._planned(number, entry)
@@ -430,13 +451,14 @@ def _notes(opened: Opened, recipe: Recipe, catalog: Catalog, tensors: Sequence[T
         yield "running statistics of batch normalisation are pooled; re-estimate them on data where you can"
     if recipe.state.optimizer == "drop" and any(why == "optimizer state" for _, why in catalog.dropped):
         yield "optimizer state is left out"
+    unmerges = recipe.combine.method == UNMERGE
     sums = {
         p.coefficients.weights: sum(p.coefficients.shares) + p.coefficients.base / p.coefficients.divisor
         for p in tensors
         if p.kind == "linear" and p.coefficients is not None
     }
     for weights, total in sums.items():
-        if abs(total - 1) > 1e-9:
+        if abs(total - 1) > 1e-9 and not unmerges:
             yield f"weights {', '.join(f'{w:.6g}' for w in weights)} sum to {total:.6g}, not to 1"
 
 

@@ -35,6 +35,7 @@ class Tile:
     base_elements: Elements | None = None
     slot_elements: Mapping[str, tuple[Elements | None, ...]] = field(default_factory=dict)  # None: a source without it
     slot_shapes: Mapping[str, tuple[tuple[int, ...], ...]] = field(default_factory=dict)  # as they come
+    output: int = 0  # which of the tensors that the method makes of this one (`Method.num_outputs`)
     threads: int = 1  # that a native loop may use
 
     def __len__(self) -> int:
@@ -126,6 +127,7 @@ class Tile:
             base_elements=None if self.base_elements is None else some(self.base_elements),
             slot_elements=slots,
             slot_shapes=shapes,
+            output=self.output,
             threads=self.threads,
         )
 

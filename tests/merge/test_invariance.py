@@ -62,8 +62,9 @@ METHODS: dict[str, dict[str, Any]] = {
     "widen": {},
     "opcm": {},
     "doge": {"steps": 20},
+    "reversible": {"keep": 1},
 }
-NO_BASE = ("uniform", "ema", "weights", "multislerp", "karcher")
+NO_BASE = ("uniform", "ema", "weights", "multislerp", "karcher", "reversible")
 
 
 @ckpt.merge_method("noisy")

@@ -2,7 +2,7 @@
 
 In: the changes of all sources to one matrix, and thresholds of the whole model. Out: the merged matrix. No data and no gradients
 of a model: some hundred steps of Adam on a quadratic of the changes, for each matrix. Formulas:
-docs/explanation/matrix-methods.md.
+docs/explanation/geometry-of-merging.md.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """OPCM: take in one fine-tune after the other, each projected away from what is there (Tang et al. 2025), in constant memory.
 
 In: the changes of all sources to one matrix, and where an earlier merge left off. Out: the merged matrix, and what a later merge
-goes on from. Formulas: docs/explanation/matrix-methods.md.
+goes on from. Formulas: docs/explanation/geometry-of-merging.md.
 
 The published recipe keeps a scale l with the merged change T: T' = l T + D', then l = |T'| / m and T = T' / l, with m the mean
 length of the changes taken in. So l T is the unscaled sum of all D', and the directions of T are its directions: within one merge

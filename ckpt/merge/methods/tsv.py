@@ -1,6 +1,6 @@
 """TSV-M: merge the task singular vectors of matrices (Gargiulo et al. 2025), and a form of it with weights and ranks of its own.
 
-In: the changes of all sources to one matrix. Out: the merged matrix. Formulas: docs/explanation/matrix-methods.md.
+In: the changes of all sources to one matrix. Out: the merged matrix. Formulas: docs/explanation/geometry-of-merging.md.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """WIDEN: weigh changes by how much the length and the direction of each column changed (Yu et al. 2024).
 
 In: tiles of whole rows. Out: merged elements. One pass finds norms and dot products of columns. Formulas:
-docs/explanation/matrix-methods.md.
+docs/explanation/geometry-of-merging.md.
 """
 
 from __future__ import annotations
