@@ -33,6 +33,7 @@ from ckpt.cli.tensors import tensors
 from ckpt.cli.unforget import unforget
 from ckpt.cli.unmerge import unmerge
 from ckpt.cli.verify import verify
+from ckpt.cli.watch import watch
 from ckpt.commit.complete import PROGRAM
 from ckpt.errors import CheckpointError
 
@@ -56,6 +57,7 @@ for _command in (
     reshard,
     copy,
     merge,
+    watch,
     explain,
     unmerge,
     export,

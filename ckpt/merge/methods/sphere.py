@@ -1,7 +1,7 @@
 """Means on the sphere: `multislerp`, `karcher`, and `nuslerp` of two. Each tensor, or each row of it, is one vector.
 
-In: dot products of the sources' tensors. Out: weights of a sum. Formulas: docs/explanation/geometry-of-merging.md. A tensor that is
-zero in some source has no direction there; it becomes the weighted mean, as with `slerp`.
+In: dot products of the sources' tensors. Out: weights of a sum. Formulas: docs/explanation/geometry-of-merging.md. A tensor that
+is zero in some source has no direction there; it becomes the weighted mean, as with `slerp`.
 """
 
 from __future__ import annotations
