@@ -11,10 +11,9 @@ from ckpt.cli.command import ADDRESS, command, opened
 from ckpt.cli.printer import Column, Printer
 from ckpt.errors import InvalidInputError
 from ckpt.kernels.merge import FloatDtype
-from ckpt.merge.api import merge_recipe
 from ckpt.merge.nodes import Node
 from ckpt.merge.recipe import size_of
-from ckpt.merge.unmerge import Inside, find_inside, recipe_for, sources_inside
+from ckpt.merge.unmerge import Inside, carry_out_recipe, find_inside, recipe_for, sources_inside
 
 
 @command("unmerge")
@@ -57,7 +56,7 @@ def unmerge(
         if step == "latest":
             raise InvalidInputError("the step of a result is a number: -o URL@STEP", kind="bad-address")
         recipe = recipe_for(stored, checkpoint.url, one, into=output.url, step=step, dtype=dtype, limits=limits)
-    done = merge_recipe(recipe, config.from_environment())
+    done = carry_out_recipe(recipe, config.from_environment())
     printer.document(
         {
             "source": _document(one),

@@ -100,20 +100,7 @@ def merge(
         output={"url": None if into is None else os.fspath(into), "step": step},
         intersect=intersect,
     )
-    return merge_recipe(
-        recipe_of(overlaid(_nodes(sources), given, "merge()")), options, storage_options, progress, ray=ray
-    )
-
-
-def merge_recipe(
-    recipe: Recipe,
-    options: Options | None = None,
-    storage_options: Mapping[str, Any] | None = None,
-    progress: Progress | None = None,
-    *,
-    ray: str | None = None,
-) -> Merged:
-    """`merge`, of a recipe that is read already."""
+    recipe = recipe_of(overlaid(_nodes(sources), given, "merge()"))
     if recipe.output is None:
         raise InvalidInputError("say where the result goes: `into`", kind="no-output")
     chosen = config.from_environment(options)

@@ -18,12 +18,12 @@ from ckpt.engine.read import Progress
 from ckpt.engine.reader import StoredCheckpoint
 from ckpt.errors import DamagedError, InvalidInputError
 from ckpt.format.spec import TensorSpec
-from ckpt.merge.api import Url, merge_recipe, open_at, read_recipe
+from ckpt.merge.api import Url, check_workers, open_at, plan_merge, read_recipe, runner_of
 from ckpt.merge.lineage import KEY as LINEAGE
 from ckpt.merge.nodes import Node
 from ckpt.merge.outputs import KEY, UNMERGE, output_name
 from ckpt.merge.recipe import VERSION, Recipe, split_address
-from ckpt.merge.run import Merged
+from ckpt.merge.run import Merged, begin, carry_out
 
 _UNUSED = "unused"  # state key of what a source is not read for
 _ROUNDING = {"float64": 2.0**-53, "float32": 2.0**-24, "float16": 2.0**-11, "bfloat16": 2.0**-8}  # relative, to nearest
@@ -79,7 +79,7 @@ def unmerge(
         recipe = recipe_for(stored, url, one, into=into, step=step, dtype=dtype, limits=limits)
     finally:
         store.close()
-    return merge_recipe(recipe, options, storage_options, progress)
+    return carry_out_recipe(recipe, options, storage_options, progress)
 
 
 def sources_inside(stored: StoredCheckpoint) -> list[Inside]:
@@ -148,6 +148,25 @@ def recipe_for(
             **({} if not limits else {"limits": dict(limits)}),
         }
     )
+
+
+def carry_out_recipe(
+    recipe: Recipe,
+    options: Options | None = None,
+    storage_options: Mapping[str, Any] | None = None,
+    progress: Progress | None = None,
+) -> Merged:
+    """Give back what a recipe of `recipe_for` says."""
+    assert recipe.output is not None
+    chosen = config.from_environment(options)
+    store = open_at(chosen, storage_options)(recipe.output)
+    try:
+        with plan_merge(recipe, options, storage_options) as plan:
+            workers = check_workers(plan, recipe.workers or 1)
+            job = begin(plan, store, chosen, workers=workers)
+            return carry_out(job, runner_of(workers, storage_options), progress)
+    finally:
+        store.close()
 
 
 def _only(number: int) -> list[dict[str, str]]:
