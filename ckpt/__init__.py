@@ -35,6 +35,7 @@ if TYPE_CHECKING:
     from ckpt.layout.layout import Layout
     from ckpt.merge.api import merge, plan_merge, resume_merge
     from ckpt.merge.registry import merge_method
+    from ckpt.merge.unmerge import unmerge
     from ckpt.snapshot.fence import Attached, attach, fence
     from ckpt.state import FlatOptimizerState, FlatShard, annotate
     from ckpt.state.elastic import ElasticLoader, ElasticSampler
@@ -76,6 +77,7 @@ _PLACES = {
     "plan_merge": "ckpt.merge.api",
     "resume_merge": "ckpt.merge.api",
     "merge_method": "ckpt.merge.registry",
+    "unmerge": "ckpt.merge.unmerge",
     "Attached": "ckpt.snapshot.fence",
     "attach": "ckpt.snapshot.fence",
     "fence": "ckpt.snapshot.fence",
@@ -131,6 +133,7 @@ __all__ = [
     "register_codec",
     "resume_merge",
     "save",
+    "unmerge",
     "zarr_store",
 ]
 

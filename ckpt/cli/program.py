@@ -31,6 +31,7 @@ from ckpt.cli.show import show
 from ckpt.cli.simulate import simulate
 from ckpt.cli.tensors import tensors
 from ckpt.cli.unforget import unforget
+from ckpt.cli.unmerge import unmerge
 from ckpt.cli.verify import verify
 from ckpt.cli.watch import watch
 from ckpt.commit.complete import PROGRAM
@@ -58,6 +59,7 @@ for _command in (
     merge,
     watch,
     explain,
+    unmerge,
     export,
     report,
     forget,

@@ -6,6 +6,7 @@ tiles are shared out over threads. Never reads or writes a file. One owner threa
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -19,7 +20,8 @@ from ckpt.errors import CheckpointError, MismatchError
 from ckpt.kernels import merge as kernels
 from ckpt.kernels.merge import Elements, FloatDtype, MixParts
 from ckpt.layout.box import Box
-from ckpt.merge.method import Constants, Elementwise, Summary
+from ckpt.merge.matrices import one_thread
+from ckpt.merge.method import Constants, Elementwise, Matrix, Summary
 from ckpt.merge.plan import Feed, MergePlan, TensorPlan
 from ckpt.merge.reading import Filled
 from ckpt.merge.spans import Limits, Row, in_memory
@@ -73,8 +75,9 @@ class Computer:
         boxes = list(self._tiles(whole, MERGE_TILE_ELEMENTS, filled.span.rows[row]))
         tiles = [self._part(whole, box, len(boxes)) for box in boxes]
         out = Summary()
-        for summary in self._map(lambda tile: method.observe(tile, number, constants), tiles):
-            out.fold(summary)
+        with _matrices(method, whole.name):
+            for summary in self._map(lambda tile: method.observe(tile, number, constants), tiles):
+                out.fold(summary)
         return out
 
     def tile(self, filled: Filled, row: int) -> Tile:
@@ -102,6 +105,7 @@ class Computer:
             base_elements=found.get(("base", -1)),
             slots={slot: tuple(slots.get((slot, number)) for number in numbers) for slot in needs.slots},
             hyperparameters=one.plan.hyperparameters,
+            output=one.plan.output,
         )
 
     # weighted sums
@@ -174,7 +178,8 @@ class Computer:
             (self._part(whole, box, len(boxes)), target[stop - box.volume * itemsize : stop])
             for box, stop in zip(boxes, stops, strict=True)
         ]
-        good = list(self._map(lambda item: method.write(item[0], constants, item[1], dtype), work))
+        with _matrices(method, whole.name):
+            good = list(self._map(lambda item: method.write(item[0], constants, item[1], dtype), work))
         if self._plan.recipe.nan == "error" and not all(good):
             raise CheckpointError(
                 f"method `{method.name}` made elements of `{one.plan.spec.name}` that are NaN, infinite or too large for "
@@ -288,6 +293,21 @@ class Computer:
             kind="not-finite",
             hints=("leave that source out, or let such numbers pass: `numerics: {nan: propagate}`",),
         )
+
+
+@contextlib.contextmanager
+def _matrices(method: Elementwise, name: str) -> Iterator[None]:
+    """What a method does with whole matrices: on one thread of BLAS, and with a tensor's name in what LAPACK has to say."""
+    if not isinstance(method, Matrix):
+        yield
+        return
+    try:
+        with one_thread():
+            yield
+    except np.linalg.LinAlgError as error:
+        raise CheckpointError(
+            f"method `{method.name}` cannot merge `{name}`: {error}", kind="no-convergence"
+        ) from error
 
 
 def _slots(row: Row) -> list[tuple[int, float]]:

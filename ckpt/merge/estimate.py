@@ -7,6 +7,7 @@ itself included, and is meant never to be below what is measured (tests/merge/te
 from __future__ import annotations
 
 import dataclasses
+import functools
 from dataclasses import dataclass
 
 import psutil
@@ -38,7 +39,26 @@ class Estimate:
 
 
 def limits_for(plan: MergePlan, memory_bytes: int | None, workers: int, options: Options) -> Limits:
-    """The limits of each of `workers` processes. BudgetError when the memory is too little for any merge."""
+    """The limits of each of `workers` processes. BudgetError when the memory is too little for any merge, or for this one."""
+    limits = _limits(plan, memory_bytes, workers, options)
+    whole = [tensor for tensor in plan.tensors if must_be_whole(plan, tensor)]
+    if memory_bytes is None or not whole or estimate(plan, limits, workers, options).peak_bytes <= memory_bytes:
+        return limits
+    span = SPAN_BYTES_MIN  # whole matrices leave little for anything else
+    limits = Limits(span_bytes=span, unit_bytes=span, total_bytes=SPANS_AT_ONCE * span)
+    peak = estimate(plan, limits, workers, options).peak_bytes
+    if peak <= memory_bytes:
+        return limits
+    largest = max(whole, key=functools.partial(_matrix_bytes, plan))
+    raise BudgetError(
+        f"`{largest.spec.name}` {list(largest.spec.shape)} must be in memory whole, which takes "
+        f"{-(-_matrix_bytes(plan, largest) // MIB)} MiB; with {workers} processes the merge takes {-(-peak // MIB)} MiB, and may "
+        f"take {memory_bytes // MIB} MiB",
+        hints=("allow more with `--memory`, or take fewer `--workers`", "a rule can give large tensors another method"),
+    )
+
+
+def _limits(plan: MergePlan, memory_bytes: int | None, workers: int, options: Options) -> Limits:
     fixed = _fixed_bytes(options)
     if memory_bytes is None:
         free = int(psutil.virtual_memory().available) // MEMORY_FRACTION // workers

@@ -45,6 +45,7 @@ from ckpt.errors import (
 from ckpt.format import manifest, receipt
 from ckpt.merge import records
 from ckpt.merge.lineage import lineage_of
+from ckpt.merge.method import Constants, Elementwise
 from ckpt.merge.plan import MergePlan
 from ckpt.merge.spans import Limits, needs_pass
 from ckpt.store.base import Store
@@ -180,7 +181,7 @@ class Job:
         stored = newest.manifest if isinstance(newest, StoredCheckpoint) else None
         assembled = Assembler(PROGRAM).assemble(
             found,
-            metadata={"merge": lineage_of(self.plan), **self.metadata},
+            metadata={"merge": lineage_of(self.plan, self._state()), **self.metadata},
             metrics={},
             layout=None if stored is None else stored.layout,
         )
@@ -196,6 +197,20 @@ class Job:
             self.into.put(f"{names.attempt_folder(step, attempt)}/{name}", data)
         publishing.publish(self.into, step, attempt, manifest.pack(record), options=self.options)
         self.drop_records()
+
+    def _state(self) -> Mapping[str, Any]:
+        """What the recipe's method leaves for a later merge. Its passes are done."""
+        bound = self.plan.bounds[0]
+        if not bound.method.keeps_state:
+            return {}
+        assert isinstance(bound.method, Elementwise) and bound.needs.scope == "model"
+        constants: Constants = {}
+        for number in range(bound.num_passes):
+            found = self.summaries(number).get((0, ""))
+            if found is None:
+                return {}  # rules gave all tensors to other methods
+            constants = bound.method.resolve(number, found, constants, bound.context)
+        return bound.method.state(constants, bound.context)
 
     def drop_records(self) -> None:
         """What workers told each other is only clutter now; gc removes what cannot be removed."""

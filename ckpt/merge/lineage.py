@@ -15,6 +15,7 @@ from ckpt.commit.complete import PROGRAM
 from ckpt.errors import DamagedError, NotFoundError
 from ckpt.format.manifest import Manifest
 from ckpt.merge import parameters
+from ckpt.merge.outputs import subject_of
 from ckpt.merge.plan import MergePlan, TensorPlan
 
 KEY = "merge"  # of the manifest's metadata
@@ -43,8 +44,12 @@ class Origin:
     shares: tuple[Share, ...]
 
 
-def lineage_of(plan: MergePlan) -> dict[str, Any]:
-    """The record. Tensors of one kind share an entry of `actions`; `of` says which, run by run in the order of the index."""
+def lineage_of(plan: MergePlan, state: Mapping[str, Any]) -> dict[str, Any]:
+    """The record. Tensors of one kind share an entry of `actions`; `of` says which, run by run in the order of the index.
+
+    Args:
+        state: that the recipe's method leaves for a later merge.
+    """
     actions: dict[str, int] = {}  # as JSON, by number
     runs: list[list[int]] = []
     for tensor in plan.tensors:
@@ -62,6 +67,7 @@ def lineage_of(plan: MergePlan) -> dict[str, Any]:
         "actions": [json.loads(action) for action in actions],
         "of": runs,
         "dropped": len(plan.catalog.dropped),
+        **({"state": {"method": plan.bounds[0].method.name, **state}} if state else {}),
     }
 
 
@@ -69,7 +75,8 @@ def _action(plan: MergePlan, tensor: TensorPlan) -> dict[str, Any]:
     feeds = [feed for feed in tensor.feeds if feed.role in ("x", "base")]
     masters = [feed.source for feed in feeds if feed.role == "x" and tensor.entry.masters[feed.source]]
     # A master copy is told by the word: names in full would make an entry of every tensor.
-    names = [None if f.source in masters or f.spec.name == tensor.spec.name else f.spec.name for f in feeds]
+    known = subject_of(tensor.spec.name, tensor.output)
+    names = [None if f.source in masters or f.spec.name == known else f.spec.name for f in feeds]
     method = plan.bounds[tensor.bound].method if tensor.bound >= 0 else None
     return {
         "policy": tensor.entry.decision.policy,
@@ -80,6 +87,7 @@ def _action(plan: MergePlan, tensor: TensorPlan) -> dict[str, Any]:
         "weights": None if tensor.coefficients is None else [_weight(tensor, feed.source) for feed in feeds],
         "masters": masters,
         **({"names": names} if any(names) else {}),
+        **({"output": tensor.output} if tensor.output else {}),
     }
 
 
@@ -119,7 +127,7 @@ def _origin(record: Mapping[str, Any], action: Mapping[str, Any], name: str) -> 
             Share(
                 source=_label(record, source),
                 weight=weight,
-                tensor=other or name,
+                tensor=other or subject_of(name, action.get("output", 0)),
                 master=source in action["masters"],
             )
             for source, weight, other in zip(action["sources"], weights, names, strict=True)

@@ -49,6 +49,7 @@ class Needs:
     num_sources_min: int = 1
     num_sources_max: int | None = None
     ordered: bool = False  # the order of the sources matters
+    weights: bool = True  # it looks at the weights of the sources; one that does not is given none but 1
 
     def scope_of(self, number: int) -> Scope:
         """What the statistics of pass `number` are summed over."""
@@ -70,6 +71,10 @@ class SourceInfo:
     metrics: Mapping[str, float]
     weight: float  # as the user gave it; 1.0 otherwise
     place: int  # in the order in which the user named the sources
+    digest: str = ""  # of its index
+    state: Mapping[str, Any] = field(
+        default_factory=dict
+    )  # what the merge that made it left for the next one: see `Method.state`
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -190,6 +195,23 @@ class Method:
             context: with `names`.
             found: every tensor of every source that the method is given.
         """
+
+    def num_outputs(self, context: Context) -> int:
+        """How many tensors of one shape it makes of each; `Tile.output` says which is asked for. A Linear makes one."""
+        return 1
+
+    @property
+    def keeps_state(self) -> bool:
+        """Whether `state` is to be asked for: a method with passes over the whole model, and that of the whole recipe."""
+        return False
+
+    def state(self, constants: Constants, context: Context) -> Mapping[str, Any]:
+        """JSON values that a later merge needs to take in one source more; it finds them in `SourceInfo.state` of the result.
+
+        Args:
+            constants: those of the last pass.
+        """
+        return {}
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -26,6 +26,7 @@ from ckpt.merge.catalog import Catalog, Entry, match
 from ckpt.merge.images import ImagePlan, plan_images
 from ckpt.merge.method import Coefficients, Context, Elementwise, Linear, Method, Needs, SourceTensor, Unit
 from ckpt.merge.objects import ResultObject, objects_of
+from ckpt.merge.outputs import UNMERGE, output_name, refuse_taken
 from ckpt.merge.policy import MASTER_COPY
 from ckpt.merge.recipe import Combine, Recipe
 from ckpt.merge.slots import COUNTERS, ROLE, SECOND_MOMENTS
@@ -74,7 +75,10 @@ class TensorPlan:
     kind: Kind
     feeds: tuple[Feed, ...]  # sources in canonical order first
     subject: str = ""  # the name that a method sees: of a master copy that of its parameter
-    is_echo: bool = False  # a master copy that is kept: the same elements as its parameter, which statistics count once
+    is_echo: bool = (
+        False  # made of the same elements as another tensor, which statistics count once: a master copy that is kept
+    )
+    output: int = 0  # which of the tensors that a method makes of one: see ckpt.merge.outputs
     bound: int = -1  # number of the method, of kinds linear and element
     coefficients: Coefficients | None = None  # of kinds linear and pool
     hyperparameters: tuple[Mapping[str, float], ...] = ()  # of each source, where the method needs them
@@ -244,6 +248,12 @@ class _Binder:
         method = parameters.make(cls, combine.parameters, combine.at)
         bound = Bound(method=method, context=self._context, combine=combine)
         self._check(bound)
+        if method.keeps_state and self.bounds:
+            raise InvalidInputError(
+                f"{combine.at.at}: method `{method.name}` leaves a state for the next merge, so it must be the method of the "
+                "whole recipe",
+                kind="not-in-a-rule",
+            )
         self._known[id(combine)] = len(self.bounds)
         self.bounds.append(bound)
         return len(self.bounds) - 1
@@ -261,6 +271,11 @@ class _Binder:
             most = "" if needs.num_sources_max is None else f" to {needs.num_sources_max}"
             raise InvalidInputError(
                 f"method `{method.name}` merges {needs.num_sources_min}{most} sources, found {num}", kind="wrong-number"
+            )
+        odd = [source.label for source in self._context.sources if source.weight != 1.0]
+        if not needs.weights and odd:
+            raise InvalidInputError(
+                f"method `{method.name}` does not look at weights, and {odd[0]} is given one", kind="no-weights"
             )
         if needs.metric is not None:
             self._context.metric(needs.metric)
@@ -283,7 +298,7 @@ class _Binder:
                     made[entry.spec.name] = self._tensor(number, entry)
         for number, bound in enumerate(self.bounds):
             bound.method.check_tensors(bound.context, list(self._found(number, made.values())))
-        return tuple(self._with_hyperparameters(made[entry.spec.name]) for entry in entries)
+        return self._with_outputs([self._with_hyperparameters(made[entry.spec.name]) for entry in entries])
 
     def _name(self, entries: Sequence[Entry]) -> None:
         """Tell each method what it combines."""
@@ -306,6 +321,23 @@ class _Binder:
                         slots={one.slot: one.spec for one in plan.feeds if one.slot and one.source == feed.source},
                         hyperparameters=functools.partial(self._hyperparameters, plan, feed.source),
                     )
+
+    def _with_outputs(self, tensors: Sequence[TensorPlan]) -> tuple[TensorPlan, ...]:
+        """With the further tensors of methods that make several of each, by name."""
+        out = list(tensors)
+        for tensor in tensors:
+            if tensor.kind != "element" or tensor.is_echo:
+                continue
+            bound = self.bounds[tensor.bound]
+            for number in range(1, bound.method.num_outputs(bound.context)):
+                spec = dataclasses.replace(tensor.spec, name=output_name(tensor.spec.name, number), aliases=())
+                entry = dataclasses.replace(tensor.entry, spec=spec)
+                out.append(dataclasses.replace(tensor, spec=spec, entry=entry, is_echo=True, output=number))
+        if len(out) == len(tensors):
+            return tuple(tensors)
+        refuse_taken([tensor.spec.name for tensor in tensors], [one.spec.name for one in out[len(tensors) :]])
+        by_name = sorted(out, key=lambda one: one.spec.name)
+        return tuple(dataclasses.replace(one, number=number) for number, one in enumerate(by_name))
 
     def _tensor(self, number: int, entry: Entry) -> TensorPlan:
         plan = self._planned(number, entry)
@@ -471,13 +503,14 @@ def _notes(opened: Opened, recipe: Recipe, catalog: Catalog, tensors: Sequence[T
         yield "running statistics of batch normalisation are pooled; re-estimate them on data where you can"
     if recipe.state.optimizer == "drop" and any(why == "optimizer state" for _, why in catalog.dropped):
         yield "optimizer state is left out"
+    unmerges = recipe.combine.method == UNMERGE
     sums = {
         p.coefficients.weights: sum(p.coefficients.shares) + p.coefficients.base / p.coefficients.divisor
         for p in tensors
         if p.kind == "linear" and p.coefficients is not None
     }
     for weights, total in sums.items():
-        if abs(total - 1) > 1e-9:
+        if abs(total - 1) > 1e-9 and not unmerges:
             yield f"weights {', '.join(f'{w:.6g}' for w in weights)} sum to {total:.6g}, not to 1"
 
 

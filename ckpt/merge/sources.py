@@ -68,6 +68,7 @@ class Source:
     rename: tuple[tuple[str, str], ...]
     is_folder: bool = False
     anchor: bool = False
+    state: Mapping[str, Any] = field(default_factory=dict)  # that the merge which made it left for the next one
 
     @property
     def label(self) -> str:
@@ -86,6 +87,8 @@ class Source:
             metrics=self.metrics,
             weight=self.weight,
             place=self.place,
+            digest=self.digest,
+            state=self.state,
         )
 
     @property
@@ -276,12 +279,20 @@ class _Opener:
             digest=manifest.fragments.digest,
             metrics=manifest.metrics,
             reader=reader,
+            state=_state_of(manifest.metadata),
         )
 
     def _store(self, url: str) -> Store:
         if url not in self.stores:
             self.stores[url] = self._open_at(url)
         return self.stores[url]
+
+
+def _state_of(metadata: Mapping[str, Any]) -> Mapping[str, Any]:
+    """What the lineage of a checkpoint (ckpt.merge.lineage) has for the next merge; nothing where no merge made it."""
+    lineage = metadata.get("merge")
+    state = lineage.get("state") if isinstance(lineage, dict) else None
+    return state if isinstance(state, dict) else {}
 
 
 def _as_file(url: str) -> tuple[str, str | None]:

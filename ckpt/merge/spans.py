@@ -138,6 +138,11 @@ def in_memory(plan: MergePlan, tensor: TensorPlan, limits: Limits) -> bool:
 
 def needs_pass(plan: MergePlan, tensor: TensorPlan, number: int, limits: Limits) -> bool:
     """Whether pass `number` (from 0) reads a tensor by itself, before the result is made."""
-    if tensor.kind != "element" or tensor.is_echo or plan.bounds[tensor.bound].num_passes <= number:
+    if (
+        tensor.kind != "element"
+        or tensor.is_echo
+        or not tensor.spec.nbytes
+        or plan.bounds[tensor.bound].num_passes <= number
+    ):
         return False
     return not in_memory(plan, tensor, limits)

@@ -45,6 +45,7 @@ class Tile:
     base_elements: Elements | None = None
     slots: Mapping[str, tuple[Slot | None, ...]] = field(default_factory=dict)  # None: a source without it
     hyperparameters: tuple[Mapping[str, float], ...] = ()  # of the optimizer of each source, of this parameter
+    output: int = 0  # which of the tensors that the method makes of this one (`Method.num_outputs`)
     threads: int = 1  # that a native loop may use
 
     def __len__(self) -> int:
@@ -147,5 +148,6 @@ class Tile:
             base_elements=None if self.base_elements is None else some(self.base_elements),
             slots={name: tuple(map(some_slot, found)) for name, found in self.slots.items()},
             hyperparameters=self.hyperparameters,
+            output=self.output,
             threads=self.threads,
         )

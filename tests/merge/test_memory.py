@@ -86,9 +86,11 @@ def test_peak_of_workers_is_within_the_plan(run: Path, tmp_path: Path) -> None:
     assert found <= planned <= 800 * MIB
 
 
-def test_matrix_methods_say_what_they_take(tmp_path: Path) -> None:
+@pytest.mark.parametrize("method", ["tsv_m", "opcm", "doge"])
+def test_matrix_methods_say_what_they_take(tmp_path: Path, method: str) -> None:
     run = tmp_path / "run"
     for step in (1, 2, 3):
-        save(run, step, {"w": np.random.default_rng(step).standard_normal((600, 800)).astype(np.float32)})
-    found, planned = peak(tmp_path, run, "out", "--method", "tsv_m", "--base", f"{run}@1", steps="2..3")
+        save(run, step, {"w": np.random.default_rng(step).standard_normal((800, 800)).astype(np.float32)})
+    more = ("--set", "steps=2") if method == "doge" else ()
+    found, planned = peak(tmp_path, run, "out", "--method", method, "--base", f"{run}@1", *more, steps="2..3")
     assert found <= planned

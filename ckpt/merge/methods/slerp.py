@@ -35,7 +35,7 @@ class Slerp(Elementwise):
 
     @property
     def needs(self) -> Needs:
-        return Needs(passes=1, scope="tensor", num_sources_min=2, num_sources_max=2, ordered=True)
+        return Needs(passes=1, scope="tensor", num_sources_min=2, num_sources_max=2, ordered=True, weights=False)
 
     def check(self, context: Context) -> None:
         context.in_order(self.order)
