@@ -14,10 +14,9 @@ from dataclasses import dataclass
 import numpy as np
 
 from ckpt.errors import InvalidInputError
-from ckpt.kernels import merge as kernels
+from ckpt.merge import thresholds
 from ckpt.merge.matrices import svd, svd_nbytes
 from ckpt.merge.method import Constants, Context, Float64Array, Matrix, Needs, Summary
-from ckpt.merge.methods.ties import HIGH_BITS, LOW_BITS, place_of
 from ckpt.merge.registry import merge_method
 from ckpt.merge.tile import Tile
 
@@ -60,20 +59,11 @@ class Doge(Matrix):
         return own + svd_nbytes((shape[0], shape[1])) if len(shape) == 2 else own
 
     def observe(self, tile: Tile, number: int, constants: Constants) -> Summary:
-        bits, shift = (HIGH_BITS, LOW_BITS) if number == 0 else (LOW_BITS, 0)
-        bins = np.zeros((len(tile), 1 << bits), np.uint64)
-        prefix = [-1] * len(tile) if number == 0 else constants["prefix"]
-        kernels.histogram(tile.raw(less_base=True), bins, shift=shift, bits=bits, prefix=prefix, threads=tile.threads)
-        return Summary(sums={"bins": bins})
+        return thresholds.counted(tile.raw(less_base=True), number, constants, threads=tile.threads)
 
     def resolve(self, number: int, summary: Summary, constants: Constants, context: Context) -> Constants:
-        bins = summary.sums["bins"]
-        if number == 0:
-            wanted = [max(1, int(self.keep * count)) for count in bins.sum(axis=1, dtype=np.int64).tolist()]
-            found = [place_of(row, count) for row, count in zip(bins, wanted, strict=True)]
-            return {"prefix": [place for place, _ in found], "left": [left for _, left in found]}
-        low = [place_of(row, count)[0] for row, count in zip(bins, constants["left"], strict=True)]
-        return {"least": [(high << LOW_BITS) | place for high, place in zip(constants["prefix"], low, strict=True)]}
+        found = thresholds.resolved(number, summary, constants, lambda count: [max(1, int(self.keep * count))])
+        return found if number == 0 else {"least": found["bits"][0]}
 
     def apply(self, tile: Tile, constants: Constants) -> Float64Array:
         deltas = tile.deltas

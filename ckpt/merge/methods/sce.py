@@ -10,8 +10,8 @@ import numpy as np
 
 from ckpt.errors import InvalidInputError
 from ckpt.merge.method import Constants, Context, Elementwise, Float64Array, Needs, Summary
-from ckpt.merge.methods.ties import HIGH_BITS, LOW_BITS, place_of
 from ckpt.merge.registry import merge_method
+from ckpt.merge.thresholds import HIGH_BITS, LOW_BITS, place_of
 from ckpt.merge.tile import Tile
 
 _HIGH, _LOW, _WEIGHTS = "high", "low", "weights"  # passes
