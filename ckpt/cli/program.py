@@ -13,6 +13,7 @@ import click
 
 from ckpt.cli.agent import agent
 from ckpt.cli.copy import copy
+from ckpt.cli.delta import delta
 from ckpt.cli.diff import diff
 from ckpt.cli.doctor import doctor
 from ckpt.cli.exit_codes import BUG, DONE, FAILED, INTERRUPTED, USAGE, epilog
@@ -55,6 +56,7 @@ for _command in (
     reshard,
     copy,
     merge,
+    delta,
     explain,
     export,
     report,
