@@ -12,7 +12,7 @@ from ckpt.cli.command import command
 from ckpt.cli.merge import output_of
 from ckpt.cli.printer import Column, Printer
 from ckpt.delta import api
-from ckpt.delta.methods import METHODS
+from ckpt.delta.methods import METHODS, method_of
 from ckpt.delta.record import Delta, Kept, Stated, Task, worst
 from ckpt.errors import InvalidInputError
 
@@ -23,14 +23,15 @@ _OPTIONS = (
     click.option("-o", "--output", metavar="URL[@STEP]", help="The run to write into; the step is the fine-tune's."),
     click.option("--method", type=click.Choice(tuple(METHODS)), help="With `make`: how it is stored; default: exact."),
     click.option("--density", type=float, metavar="F", help="With compeft: the share of elements that is kept; default: 0.2."),
-    click.option("--scale", metavar="fit|X", help="With compeft: X standard deviations for each sign, or the best fit (default)."),
+    click.option("--scale", metavar="fit|X", help="With compeft: X standard deviations per sign; default: the best fit."),
     click.option("--scope", type=click.Choice(("tensor", "model")), help="With compeft: what the share is of; default: tensor."),
     click.option("--threshold", type=float, metavar="X", help="With tall: how far a change must outweigh the rest; default: 1."),
     click.option("--optimizer", type=click.Choice(("keep", "drop")), help="With `make`: optimizer state; exact keeps it."),
     click.option("--task", metavar="N|SOURCE", help="With `apply`: which fine-tune, where there are several."),
     click.option("--memory", metavar="SIZE", help="Memory that this may take."),
 )  # fmt: skip
-_OF_MAKE = ("method", "density", "scale", "scope", "threshold", "optimizer")
+_PARAMETERS = ("density", "scale", "scope", "threshold")
+_OF_MAKE = ("method", "optimizer", *_PARAMETERS)
 
 
 def _options(function: _Function) -> _Function:
@@ -80,21 +81,19 @@ def _make(printer: Printer, sources: tuple[str, ...], target: dict[str, Any], gi
             scale = float(scale)
         except ValueError:
             raise InvalidInputError(f"--scale must be `fit` or a number, found {scale!r}", kind="usage") from None
-    with printer.progress("store the difference", 0) as bar:
-        done = api.make(
-            list(sources),
-            target["url"],
-            base=given["base"],
-            method=given["method"] or "exact",
-            density=given["density"],
-            scale=scale,
-            scope=given["scope"],
-            threshold=given["threshold"],
-            optimizer=given["optimizer"],
-            step=target.get("step"),
-            memory=given["memory"],
-            progress=bar.advance,
-        )
+    given = {**given, "scale": scale}
+    method = method_of(given["method"] or "exact", {name: given[name] for name in _PARAMETERS})
+    with api.planned_make(
+        sources,
+        target["url"],
+        base=given["base"],
+        method=method,
+        optimizer=given["optimizer"],
+        step=target.get("step"),
+        memory=given["memory"],
+    ) as making:
+        with printer.progress(f"make a delta by {method.name}", making.plan.nbytes) as bar:
+            done = making.run(bar.advance)
     for note in done.notes:
         printer.note(f"note: {note}")
     found = done.delta
@@ -119,16 +118,16 @@ def _make(printer: Printer, sources: tuple[str, ...], target: dict[str, Any], gi
 
 
 def _apply(printer: Printer, source: str, target: dict[str, Any], given: dict[str, Any]) -> None:
-    with printer.progress("give it back", 0) as bar:
-        done = api.apply(
-            source,
-            target["url"],
-            base=given["base"],
-            task=given["task"],
-            step=target.get("step"),
-            memory=given["memory"],
-            progress=bar.advance,
-        )
+    with api.planned_apply(
+        source,
+        target["url"],
+        base=given["base"],
+        task=given["task"],
+        step=target.get("step"),
+        memory=given["memory"],
+    ) as applying:
+        with printer.progress("apply a delta", applying.nbytes) as bar:
+            done = applying.run(bar.advance)
     printer.document(
         {
             "action": "apply",

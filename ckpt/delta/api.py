@@ -16,12 +16,12 @@ from ckpt import config
 from ckpt.commit.complete import PROGRAM
 from ckpt.commit.publish import refuse_existing
 from ckpt.config import Options
-from ckpt.delta import apply as applying
 from ckpt.delta import record
+from ckpt.delta.apply import Restorer, choose, objects_of, read_delta
 from ckpt.delta.make import Maker
-from ckpt.delta.methods import method_of
-from ckpt.delta.plan import MakePlan, limits_for, make_plan
-from ckpt.delta.record import OBJECT, Delta, Stated
+from ckpt.delta.methods import Method, method_of
+from ckpt.delta.plan import Limits, MakePlan, limits_for, make_plan
+from ckpt.delta.record import OBJECT, Delta, Stated, Task
 from ckpt.delta.spool import Spool
 from ckpt.engine.read import Progress
 from ckpt.engine.reader import StoredCheckpoint
@@ -36,7 +36,7 @@ from ckpt.merge.objects import ResultObject
 from ckpt.merge.publication import Saved
 from ckpt.merge.recipe import Recipe, recipe_of
 from ckpt.merge.result import Result, write_result
-from ckpt.merge.sources import Source, open_sources
+from ckpt.merge.sources import Opened, Source, open_sources
 from ckpt.store.base import Store
 from ckpt.store.open import open_store
 
@@ -99,49 +99,19 @@ def make(
         CheckpointError: `not-finite`: NaN or infinity where a method must compare numbers; nothing is left behind.
     """
     given = {"density": density, "scale": scale, "scope": scope, "threshold": threshold}
-    chosen = method_of(method, given)
-    settings = config.from_environment(options)
     urls = [finetunes] if isinstance(finetunes, (str, os.PathLike)) else list(finetunes)
-    recipe = _recipe([os.fspath(url) for url in urls], os.fspath(base), os.fspath(into), step, memory, "delta.make()")
-    keep = optimizer == "keep" or (optimizer is None and not chosen.is_lossy)
-    with ExitStack() as stack:
-        opened = stack.enter_context(
-            closing(open_sources(recipe.sources, recipe.base, settings, open_at(settings, storage_options)))
-        )
-        plan = make_plan(opened, chosen, keep_optimizer=keep)
-        limits = limits_for(recipe.memory_bytes, len(plan.sources) if chosen.several else 1, settings)
-        store = stack.enter_context(_store(recipe, settings, storage_options))
-        new = max((source.step or 0 for source in plan.sources), default=0) if recipe.step is None else recipe.step
-        refuse_existing(store, new)
-        spool = stack.enter_context(closing(Spool()))
-        maker = stack.enter_context(closing(Maker(plan, limits, spool, progress)))
-        delta = maker.run()
-        spooled = [maker.spooled[name] for name in sorted(maker.spooled)]
-        specs = [TensorSpec(name=s.tensor, role="buffer", dtype="uint8", shape=(s.nbytes,)) for s in spooled]
-        stored_nbytes = sum(spec.nbytes for spec in specs)
-        found = record.worst([kept for task in delta.tasks for kept in task.tensors])
-        world = max(task.saved.world for task in delta.tasks)
-        attempt = write_result(
-            store,
-            Result(
-                step=new,
-                specs=specs,
-                objects=_objects(plan, delta, keep),
-                saved=Saved(world=world, rank_layouts=[""] * world),
-            ),
-            lambda number: spool.stream(spooled[number]),
-            lambda: {OBJECT: _summary(plan, delta, stored_nbytes, found)},
-            options=settings,
-        )
-    return Made(
-        step=new,
-        attempt=attempt,
-        delta=delta,
-        original_nbytes=plan.nbytes,
-        stored_nbytes=stored_nbytes,
-        worst=found,
-        notes=plan.notes,
-    )
+    with planned_make(
+        urls,
+        into,
+        base=base,
+        method=method_of(method, given),
+        optimizer=optimizer,
+        step=step,
+        memory=memory,
+        options=options,
+        storage_options=storage_options,
+    ) as making:
+        return making.run(progress)
 
 
 def apply(
@@ -168,40 +138,10 @@ def apply(
         MismatchError: `wrong-base`: lists the tensors that differ. Nothing was written.
         DamagedError: what comes back is not what was stated. Nothing is left behind.
     """
-    settings = config.from_environment(options)
-    recipe = _recipe([os.fspath(delta)], os.fspath(base), os.fspath(into), step, memory, "delta.apply()")
-    with ExitStack() as stack:
-        opened = stack.enter_context(
-            closing(open_sources(recipe.sources, recipe.base, settings, open_at(settings, storage_options)))
-        )
-        stored, found = _delta_of(opened.newest)
-        number = applying.choose(found, None if task is None else str(task))
-        chosen = found.tasks[number]
-        limits = limits_for(recipe.memory_bytes, 1, settings)
-        new = int(chosen.source["step"] or 0) if recipe.step is None else recipe.step
-        store = stack.enter_context(_store(recipe, settings, storage_options))
-        refuse_existing(store, new)
-        assert opened.base is not None
-        restorer = stack.enter_context(closing(applying.Restorer(stored, found, number, opened.base, limits)))
-        compared = restorer.check_base()
-        stated = record.worst(restorer.tensors)
-        result = Result(
-            step=new,
-            specs=[kept.spec for kept in restorer.tensors],
-            objects=applying.objects_of(stored, number),
-            saved=chosen.saved,
-        )
-        told = {"method": found.method, "base": dict(found.base), "source": dict(chosen.source), **_stated(stated)}
-        metadata = {**chosen.metadata, "restored": {"program": PROGRAM, **told}}
-        attempt = write_result(store, result, restorer.stream, lambda: metadata, options=settings, progress=progress)
-    return Applied(
-        step=new,
-        attempt=attempt,
-        task=chosen.label,
-        nbytes=result.nbytes,
-        stated=stated,
-        compared_base=compared,
-    )
+    with planned_apply(
+        delta, into, base=base, task=task, step=step, memory=memory, options=options, storage_options=storage_options
+    ) as applying:
+        return applying.run(progress)
 
 
 def look(delta: Url, *, options: Options | None = None, storage_options: Mapping[str, Any] | None = None) -> Delta:
@@ -212,11 +152,173 @@ def look(delta: Url, *, options: Options | None = None, storage_options: Mapping
         return _delta_of(opened.newest)[1]
 
 
-def _recipe(sources: list[str], base: str, into: str, step: int | None, memory: int | str | None, at: str) -> Recipe:
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Making:
+    """A delta that is about to be made: everything is checked, nothing is read or written."""
+
+    plan: MakePlan
+    limits: Limits
+    store: Store
+    step: int
+    keep_optimizer: bool
+    options: Options
+
+    def run(self, progress: Progress | None = None) -> Made:
+        """Make it. `progress` is called with bytes of the fine-tunes, `plan.nbytes` in all."""
+        plan = self.plan
+        with closing(Spool()) as spool, closing(Maker(plan, self.limits, spool, progress)) as maker:
+            delta = maker.run()
+            spooled = [maker.spooled[name] for name in sorted(maker.spooled)]
+            specs = [TensorSpec(name=s.tensor, role="buffer", dtype="uint8", shape=(s.nbytes,)) for s in spooled]
+            stored_nbytes = sum(spec.nbytes for spec in specs)
+            found = record.worst([kept for task in delta.tasks for kept in task.tensors])
+            world = max(task.saved.world for task in delta.tasks)
+            result = Result(
+                step=self.step,
+                specs=specs,
+                objects=_objects(plan, delta, self.keep_optimizer),
+                saved=Saved(world=world, rank_layouts=[""] * world),
+            )
+            attempt = write_result(
+                self.store,
+                result,
+                lambda number: spool.stream(spooled[number]),
+                lambda: {OBJECT: _summary(plan, delta, stored_nbytes, found)},
+                options=self.options,
+            )
+        return Made(
+            step=self.step,
+            attempt=attempt,
+            delta=delta,
+            original_nbytes=plan.nbytes,
+            stored_nbytes=stored_nbytes,
+            worst=found,
+            notes=plan.notes,
+        )
+
+
+@contextmanager
+def planned_make(
+    finetunes: Sequence[Url],
+    into: Url,
+    *,
+    base: Url,
+    method: Method,
+    optimizer: Literal["keep", "drop"] | None = None,
+    step: int | None = None,
+    memory: int | str | None = None,
+    options: Options | None = None,
+    storage_options: Mapping[str, Any] | None = None,
+) -> Iterator[Making]:
+    """As `make`, up to the point where data would be read; good inside the `with`."""
+    settings = config.from_environment(options)
+    recipe = _recipe(finetunes, base, into, step, memory, "delta.make()")
+    keep = optimizer == "keep" or (optimizer is None and not method.is_lossy)
+    with _opened(recipe, settings, storage_options) as (opened, store):
+        plan = make_plan(opened, method, keep_optimizer=keep)
+        limits = limits_for(recipe.memory_bytes, len(plan.sources) if method.several else 1, settings)
+        new = max((source.step or 0 for source in plan.sources), default=0) if recipe.step is None else recipe.step
+        refuse_existing(store, new)
+        yield Making(plan=plan, limits=limits, store=store, step=new, keep_optimizer=keep, options=settings)
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Applying:
+    """A fine-tune that is about to come back: everything is checked but the base's data, nothing is written."""
+
+    delta: Delta
+    task: Task
+    restorer: Restorer
+    objects: Sequence[ResultObject]
+    store: Store
+    step: int
+    options: Options
+
+    @property
+    def nbytes(self) -> int:
+        return sum(kept.spec.nbytes for kept in self.task.tensors)
+
+    def run(self, progress: Progress | None = None) -> Applied:
+        """Give it back. `progress` is called with bytes of the result, `nbytes` in all."""
+        compared = self.restorer.check_base()
+        stated = record.worst(self.task.tensors)
+        result = Result(
+            step=self.step,
+            specs=[kept.spec for kept in self.task.tensors],
+            objects=self.objects,
+            saved=self.task.saved,
+        )
+        told = {"method": self.delta.method, "base": dict(self.delta.base), "source": dict(self.task.source)}
+        metadata = {**self.task.metadata, "restored": {"program": PROGRAM, **told, **_stated(stated)}}
+        attempt = write_result(
+            self.store, result, self.restorer.stream, lambda: metadata, options=self.options, progress=progress
+        )
+        return Applied(
+            step=self.step,
+            attempt=attempt,
+            task=self.task.label,
+            nbytes=self.nbytes,
+            stated=stated,
+            compared_base=compared,
+        )
+
+
+@contextmanager
+def planned_apply(
+    delta: Url,
+    into: Url,
+    *,
+    base: Url,
+    task: str | int | None = None,
+    step: int | None = None,
+    memory: int | str | None = None,
+    options: Options | None = None,
+    storage_options: Mapping[str, Any] | None = None,
+) -> Iterator[Applying]:
+    """As `apply`, up to the point where data would be read; good inside the `with`."""
+    settings = config.from_environment(options)
+    recipe = _recipe([delta], base, into, step, memory, "delta.apply()")
+    with _opened(recipe, settings, storage_options) as (opened, store):
+        stored, found = _delta_of(opened.newest)
+        number = choose(found, None if task is None else str(task))
+        chosen = found.tasks[number]
+        new = int(chosen.source["step"] or 0) if recipe.step is None else recipe.step
+        limits = limits_for(recipe.memory_bytes, 1, settings)
+        refuse_existing(store, new)
+        assert opened.base is not None
+        with closing(Restorer(stored, found, number, opened.base, limits)) as restorer:
+            yield Applying(
+                delta=found,
+                task=chosen,
+                restorer=restorer,
+                objects=objects_of(stored, number),
+                store=store,
+                step=new,
+                options=settings,
+            )
+
+
+def _recipe(
+    sources: Sequence[Url], base: Url, into: Url, step: int | None, memory: int | str | None, at: str
+) -> Recipe:
     if not sources:
         raise InvalidInputError(f"{at}: no fine-tune is named", kind="no-sources")
-    given = Given(base=base, limits={"memory": memory}, output={"url": into, "step": step})
-    return recipe_of(overlaid(recipe_nodes(sources, at), given, at))
+    given = Given(base=os.fspath(base), limits={"memory": memory}, output={"url": os.fspath(into), "step": step})
+    return recipe_of(overlaid(recipe_nodes([os.fspath(one) for one in sources], at), given, at))
+
+
+@contextmanager
+def _opened(
+    recipe: Recipe, options: Options, storage_options: Mapping[str, Any] | None
+) -> Iterator[tuple[Opened, Store]]:
+    """The sources with their base, and the store of the result."""
+    assert recipe.output is not None
+    with ExitStack() as stack:
+        opened = open_sources(recipe.sources, recipe.base, options, open_at(options, storage_options))
+        stack.enter_context(closing(opened))
+        store = open_store(recipe.output, options=options, storage_options=storage_options)
+        stack.enter_context(closing(store))
+        yield opened, store
 
 
 def _delta_of(source: Source) -> tuple[StoredCheckpoint, Delta]:
@@ -224,17 +326,7 @@ def _delta_of(source: Source) -> tuple[StoredCheckpoint, Delta]:
         raise InvalidInputError(
             f"{source.label} is a folder of safetensors files: a delta is a checkpoint", kind="not-a-delta"
         )
-    return source.reader, applying.read_delta(source.reader)
-
-
-@contextmanager
-def _store(recipe: Recipe, options: Options, storage_options: Mapping[str, Any] | None) -> Iterator[Store]:
-    assert recipe.output is not None
-    store = open_store(recipe.output, options=options, storage_options=storage_options)
-    try:
-        yield store
-    finally:
-        store.close()
+    return source.reader, read_delta(source.reader)
 
 
 def _objects(plan: MakePlan, delta: Delta, keep_optimizer: bool) -> list[ResultObject]:
