@@ -154,7 +154,7 @@ def _recipe(sources: Sequence[str], given: dict[str, Any]) -> Recipe:
     asked = Given(
         method=method,
         parameters=parameters,
-        weights=None if given["weights"] is None else [_number(part) for part in given["weights"].split(",")],
+        weights=weights_of(given["weights"]),
         base=given["base"],
         selection={key: given[key] for key in ("last", "every", "fraction") if given[key] is not None},
         state={"optimizer": given["optimizer"]},
@@ -193,6 +193,11 @@ def output_of(text: str | None) -> dict[str, Any]:
     if step == "latest":
         raise InvalidInputError("the step of a result is a number: -o URL@STEP", kind="bad-address")
     return {"url": address.url, "step": step}
+
+
+def weights_of(text: str | None) -> list[float] | None:
+    """The numbers of `W,W,...`."""
+    return None if text is None else [_number(part) for part in text.split(",")]
 
 
 def _number(text: str) -> float:

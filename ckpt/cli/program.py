@@ -21,6 +21,7 @@ from ckpt.cli.explain import explain
 from ckpt.cli.export import export
 from ckpt.cli.forget import forget
 from ckpt.cli.gc import gc
+from ckpt.cli.lora import lora
 from ckpt.cli.ls import ls
 from ckpt.cli.merge import merge
 from ckpt.cli.plan import plan
@@ -57,6 +58,7 @@ for _command in (
     copy,
     merge,
     delta,
+    lora,
     explain,
     export,
     report,

@@ -7,14 +7,17 @@ refused.
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from ckpt.config import ADAPTER_CONFIG_BYTES_MAX
+from ckpt.convert.export import Tensor
+from ckpt.engine.reader import StoredCheckpoint
 from ckpt.errors import InvalidInputError
 
 CONFIG_FILE = "adapter_config.json"
@@ -175,6 +178,44 @@ def _flag(document: Mapping[str, Any], key: str, name: str) -> bool:
     if not isinstance(value, bool):
         raise InvalidInputError(f"{name}: `{key}` must be true or false, found {value!r:.80}", kind=KIND)
     return value
+
+
+def choose_factors(tensors: Sequence[Tensor], adapter: str | None = None) -> list[Tensor]:
+    """Of the tensors of a model those of one adapter, by their names in PEFT's files.
+
+    InvalidInputError (`bad-adapter`) when there is none of this name, or, with None, not exactly one.
+    """
+    found = [(parse_factor(tensor.name), tensor) for tensor in tensors]
+    factors = [(factor, tensor) for factor, tensor in found if factor is not None]
+    names = sorted({factor.adapter for factor, _ in factors})
+    if (adapter is None and len(names) != 1) or (adapter is not None and adapter not in names):
+        shown = ", ".join(name or "one without a name" for name in names) or "none"
+        raise InvalidInputError(
+            "one adapter is to be exported" + (f": `{adapter}`" if adapter is not None else ""),
+            kind=KIND,
+            hints=(f"adapters there: {shown}; name one with `--adapter`",),
+        )
+    chosen = names[0] if adapter is None else adapter
+    return [
+        dataclasses.replace(tensor, name=factor_name(factor.module, factor.side, is_table=factor.is_table))
+        for factor, tensor in factors
+        if factor.adapter == chosen
+    ]
+
+
+def stored_config(stored: StoredCheckpoint) -> dict[str, Any]:
+    """The config that a checkpoint's manifest keeps, checked. InvalidInputError (`no-config`) when it keeps none."""
+    document = stored.manifest.metadata.get(METADATA)
+    if document is None:
+        raise InvalidInputError(
+            f"step {stored.step} does not say the config of an adapter: its metadata has no `{METADATA}`",
+            kind="no-config",
+            hints=(
+                f"`ckpt lora --adapter-config FILE` names its `{CONFIG_FILE}`",
+                f'save with metadata={{"{METADATA}": {{"r": 8, "lora_alpha": 16, ...}}}}',
+            ),
+        )
+    return dict(config_of(document, name=f"metadata `{METADATA}` of step {stored.step}").document)
 
 
 def write_config(document: Mapping[str, Any]) -> bytes:

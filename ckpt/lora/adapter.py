@@ -21,6 +21,7 @@ from ckpt.convert.peft import (
     config_of,
     parse_factor,
     read_config,
+    stored_config,
 )
 from ckpt.engine.reader import StoredCheckpoint
 from ckpt.errors import InvalidInputError, NotFoundError
@@ -151,17 +152,7 @@ def _config(source: Source, given: bytes | None) -> AdapterConfig:
             return read_config(reader.store.read(CONFIG_FILE), name=f"{source.label}/{CONFIG_FILE}")
         except NotFoundError:
             raise InvalidInputError(f"{source.label} has no `{CONFIG_FILE}`", kind="no-config") from None
-    document = reader.manifest.metadata.get(METADATA)
-    if document is None:
-        raise InvalidInputError(
-            f"{source.label} does not say the scaling of its adapter",
-            kind="no-config",
-            hints=(
-                f"`--adapter-config FILE` names its `{CONFIG_FILE}`",
-                f'save with metadata={{"{METADATA}": {{"r": 8, "lora_alpha": 16, ...}}}}',
-            ),
-        )
-    return config_of(document, name=f"metadata `{METADATA}` of {source.label}")
+    return config_of(stored_config(reader), name=f"metadata `{METADATA}` of {source.label}")
 
 
 def _module(source: Source, name: str, found: Mapping[str, tuple[int, FactorName]], config: AdapterConfig) -> Module:
