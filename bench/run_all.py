@@ -27,6 +27,7 @@ BENCHMARKS = (
     "s3",
     "erasure",
     "transport",
+    "merge",
 )
 TIMEOUT_S = 2 * 3600.0
 

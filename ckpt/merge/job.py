@@ -64,6 +64,7 @@ class Job:
 
     def __init__(self, plan: MergePlan, into: Store, attempt: str, limits: Limits, options: Options) -> None:
         self.plan, self.into, self.attempt, self.limits, self.options = plan, into, attempt, limits, options
+        self.metadata: Mapping[str, Any] = {}  # of the checkpoint, beside its lineage or in its place
 
     @property
     def step(self) -> int:
@@ -174,7 +175,8 @@ class Job:
         )
         found = [receipt.unpack(payloads[number], name=f"image {number}") for number in range(self.num_images)]
         saved = Saved.like(self.plan.opened.newest.reader)
-        publish_images(self.into, found, saved, metadata={"merge": lineage_of(self.plan)}, options=self.options)
+        metadata = {"merge": lineage_of(self.plan), **self.metadata}
+        publish_images(self.into, found, saved, metadata=metadata, options=self.options)
         self.drop_records()
 
     def drop_records(self) -> None:
