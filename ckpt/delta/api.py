@@ -17,11 +17,11 @@ from ckpt.commit.complete import PROGRAM
 from ckpt.commit.publish import refuse_existing
 from ckpt.config import Options
 from ckpt.delta import record
-from ckpt.delta.apply import Restorer, choose, objects_of, read_delta
-from ckpt.delta.make import Maker
+from ckpt.delta.maker import Maker
 from ckpt.delta.methods import Method, method_of
 from ckpt.delta.plan import Limits, MakePlan, limits_for, make_plan
 from ckpt.delta.record import OBJECT, Delta, Stated, Task
+from ckpt.delta.restorer import Restorer, choose, objects_of, read_delta
 from ckpt.delta.spool import Spool
 from ckpt.engine.read import Progress
 from ckpt.engine.reader import StoredCheckpoint

@@ -1,6 +1,7 @@
 """Adapters from PEFT's folders and from checkpoints are merged, folded and written for PEFT again.
 
-Method: folders written by the `safetensors` package and `json`, as PEFT lays them out; changes of weights made in full with NumPy.
+Method: folders written by the `safetensors` package and `json`, as PEFT lays them out; changes of weights made in full with
+NumPy.
 """
 
 from __future__ import annotations

@@ -19,10 +19,10 @@ from numpy.typing import NDArray
 
 from ckpt.config import DELTA_CHUNK_ELEMENTS
 from ckpt.delta import codecs
+from ckpt.delta.measure import Measure, changed, errors, in_order, not_finite
 from ckpt.delta.methods import Compeft, Tall
 from ckpt.delta.plan import Limits, MakePlan, Want
 from ckpt.delta.record import Delta, Kept, Shared, Task
-from ckpt.delta.restore import Measure, changed, errors, in_order, not_finite
 from ckpt.delta.spool import Spool, Spooled
 from ckpt.engine.read import Progress
 from ckpt.engine.reader import StoredCheckpoint

@@ -18,9 +18,9 @@ from numpy.typing import NDArray
 
 from ckpt.config import MERGE_LISTED_MAX
 from ckpt.delta import codecs
+from ckpt.delta.measure import changed, in_order
 from ckpt.delta.plan import Limits
 from ckpt.delta.record import OBJECT, Delta, Kept, Payload, label_of, unpack
-from ckpt.delta.restore import changed, in_order
 from ckpt.engine.reader import StoredCheckpoint
 from ckpt.errors import DamagedError, InvalidInputError, MismatchError, NotFoundError
 from ckpt.format.dtypes import dtype_of
