@@ -30,7 +30,7 @@ from ckpt.format.dtypes import dtype_of
 from ckpt.kernels import merge as kernels
 from ckpt.kernels.merge import Elements
 from ckpt.layout.box import Box
-from ckpt.merge import magnitudes
+from ckpt.merge import thresholds
 from ckpt.merge.method import Constants, Summary
 from ckpt.merge.pieces import PieceReader
 from ckpt.merge.publication import Saved
@@ -162,7 +162,7 @@ class Maker:
         """Deviation and least magnitude over some tensors: two passes."""
         constants: Constants = {}
         moments = np.zeros(2)
-        for number in range(magnitudes.PASSES):
+        for number in range(thresholds.PASSES):
             summary = Summary()
             for want in wants:
                 work = functools.partial(self._count, want, number, constants, chunks)
@@ -174,8 +174,8 @@ class Maker:
                 moments = summary.sums["moments"]
                 if not np.isfinite(moments).all():
                     raise not_finite(wants[0].spec.name if len(wants) == 1 else "the fine-tune", "cannot be compared")
-            constants = magnitudes.resolved(
-                number, summary, constants, lambda count: [magnitudes.rank_of(method.density, count)]
+            constants = thresholds.resolved(
+                number, summary, constants, lambda count: [thresholds.rank_of(method.density, count)]
             )
         count = sum(math.prod(want.spec.shape) for want in wants)
         mean = moments[0] / count
@@ -185,7 +185,7 @@ class Maker:
     def _count(self, want: Want, number: int, constants: Constants, chunks: _Chunks, box: Box) -> Summary:
         """What one pass for the threshold finds in a chunk."""
         tile = _tile(want, self._plan.base, chunks.get(want, box))
-        out = magnitudes.counted(tile, number, constants)
+        out = thresholds.counted(tile, number, constants)
         if number == 0:
             out.sums["moments"] = kernels.moments(tile)[0, [0, 2]]
         return out

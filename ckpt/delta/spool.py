@@ -5,6 +5,7 @@ In: chunks. Out: where they are, and their bytes again. One thread writes; any t
 
 from __future__ import annotations
 
+import contextlib
 import os
 import tempfile
 from collections.abc import Iterator
@@ -44,21 +45,27 @@ class Spool:
 
     def put(self, into: Spooled, chunk: bytes) -> None:
         """The next chunk of a tensor."""
-        try:
+        with self._told():
             self._file.write(chunk)
-        except OSError as error:
-            raise StoreError(
-                f"the temporary file for {self._at + len(chunk):,} bytes cannot be written: {error.strerror}",
-                kind="io",
-                hints=(f"it lies in {tempfile.gettempdir()}; set TMPDIR to a folder with more room",),
-            ) from error
         into.starts.append(self._at)
         into.sizes.append(len(chunk))
         self._at += len(chunk)
 
     def flush(self) -> None:
         """What was put can be read now."""
-        self._file.flush()
+        with self._told():
+            self._file.flush()
+
+    @contextlib.contextmanager
+    def _told(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            raise StoreError(
+                f"the temporary file for what is coded cannot be written after {self._at:,} bytes: {error.strerror}",
+                kind="io",
+                hints=(f"it lies in {tempfile.gettempdir()}; set TMPDIR to a folder with more room",),
+            ) from error
 
     def chunk(self, of: Spooled, number: int) -> bytes:
         """One chunk."""

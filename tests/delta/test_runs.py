@@ -48,7 +48,7 @@ def small(tmp_path_factory: pytest.TempPathFactory) -> Tuned:
 
 def killed_at(place: str, *words: object) -> None:
     done = subprocess.run(
-        [sys.executable, "-P", "-m", "ckpt", "delta", *map(str, words)],
+        [sys.executable, "-P", "-m", "ckpt", *map(str, words)],
         env={**os.environ, "PYTHONPATH": str(ROOT), "CKPT_FAILPOINT": f"{place}:kill"},
         capture_output=True,
         text=True,
@@ -64,7 +64,7 @@ def test_killed_in_the_middle_leaves_nothing_to_see(small: Tuned, tmp_path: Path
     make = ("make", small.url(0), "--base", small.base_url, "-o", delta)
     apply = ("apply", delta, "--base", small.base_url, "-o", back)
     for into, words in ((delta, make), (back, apply)):
-        killed_at(place, *words)
+        killed_at(place, "delta", *words)
         with pytest.raises(NotFoundError):
             ckpt.open(into)
         store = open_store(into, options=Options())

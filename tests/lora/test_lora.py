@@ -30,6 +30,7 @@ from ckpt.errors import (
     NotFoundError,
 )
 from ckpt.lora import api
+from tests.delta.test_runs import killed_at
 from tests.merge.samples import bits, cast, images, opened, same
 
 Tensors = dict[str, torch.Tensor]
@@ -288,6 +289,24 @@ def test_an_adapter_in_a_checkpoint_is_found_by_its_name(tmp_path: Path) -> None
     api.merge(tmp_path / "run", tmp_path / "out", adapter="second", adapter_config=config)
     tensors, _ = exported(tmp_path / "out", tmp_path / "peft")
     same(tensors, factors(2, names=names))
+
+
+def test_merge_refuses_factors_of_different_runs_and_notes_those_of_one(two: tuple[Path, Path], tmp_path: Path) -> None:
+    with pytest.raises(InvalidInputError, match="10 tensors are factors of LoRA adapters") as caught:
+        ckpt.merge(two, tmp_path / "out")
+    assert caught.value.kind == "adapters" and "ckpt lora" in caught.value.hints[0]
+    ckpt.merge(two, tmp_path / "ruled", rules=[{"match": "model/**", "policy": "combine"}])
+    for step in (1, 2):
+        ckpt.save({"model": factors(step)}, tmp_path / "run", step=step)
+    with ckpt.plan_merge({"recipe": 1, "sources": [f"{tmp_path}/run@1..2"], "method": "uniform"}) as plan:
+        assert any("right for neighbours of one run alone" in note for note in plan.notes)
+
+
+def test_killed_in_the_middle_leaves_nothing_to_see(two: tuple[Path, Path], tmp_path: Path) -> None:
+    killed_at("merge.before-index", "lora", *two, "-o", tmp_path / "out")
+    with pytest.raises(NotFoundError):
+        ckpt.open(tmp_path / "out")
+    assert run_program(["lora", *map(str, two), "-o", str(tmp_path / "out"), "-q"]) == 0
 
 
 # refusals
