@@ -28,6 +28,9 @@ BENCHMARKS = (
     "erasure",
     "transport",
     "merge",
+    "memory_tier",
+    "memory_pace",
+    "agent_memory",
 )
 TIMEOUT_S = 2 * 3600.0
 
