@@ -9,6 +9,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from ckpt import delta, lora
     from ckpt.api import Checkpointer, async_save, load, open, save
     from ckpt.config import Memory, OnlineAverage, Options
     from ckpt.convert.zarr import zarr_store
@@ -124,8 +125,10 @@ __all__ = [
     "annotate",
     "async_save",
     "attach",
+    "delta",
     "fence",
     "load",
+    "lora",
     "merge",
     "merge_method",
     "open",
@@ -139,8 +142,8 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    if name == "merge":  # a package that can be called
-        return importlib.import_module("ckpt.merge")
+    if name in ("merge", "delta", "lora"):  # packages; the first can be called
+        return importlib.import_module(f"ckpt.{name}")
     if name not in _PLACES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     value = getattr(importlib.import_module(_PLACES[name]), name)

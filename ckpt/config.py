@@ -308,6 +308,12 @@ MERGE_RECIPE_NODES_MAX = 200_000
 MERGE_LISTED_MAX = 1000  # names in one error message
 MERGE_WORKERS_MAX = 1024
 
+# Deltas and adapters.
+DELTA_CHUNK_ELEMENTS = 1 << 19  # of a tensor that are coded at a time
+DELTA_SPOOL_READ_BYTES = 4 * MIB  # of what is coded, copied into an image at a time
+ADAPTER_CONFIG_BYTES_MAX = 4 * MIB
+ADAPTER_RANK_MAX = 65536  # of one module, in a result
+
 # Export to plain safetensors files.
 EXPORT_FILE_BYTES = 5_000_000_000  # of one file, about: what Hugging Face's tools write
 EXPORT_PIECE_BYTES = 16 * MIB  # of a tensor that is read, cast and written at a time

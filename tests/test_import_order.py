@@ -34,6 +34,8 @@ ORDER = [
     "agent",
     "convert",
     "merge",
+    "delta",
+    "lora",
     "integrations",
     "observe",
     "api",
@@ -63,6 +65,8 @@ WITHOUT_TORCH = [
     "agent",
     "convert",
     "merge",
+    "delta",
+    "lora",
 ]
 FORBIDDEN_ANYWHERE = {"pickle", "dill", "cloudpickle", "marshal", "shelve"}  # nothing that runs code from a checkpoint
 

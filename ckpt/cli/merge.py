@@ -176,14 +176,14 @@ def _recipe(sources: Sequence[str], given: dict[str, Any]) -> Recipe:
     asked = Given(
         method=method,
         parameters=parameters,
-        weights=None if given["weights"] is None else [_number(part) for part in given["weights"].split(",")],
+        weights=weights_of(given["weights"]),
         base=given["base"],
         selection={key: given[key] for key in ("last", "every", "fraction") if given[key] is not None},
         state={"optimizer": given["optimizer"]},
         numerics={"dtype": given["dtype"], "nan": given["nan"]},
         random={"seed": given["seed"]},
         limits={"memory": given["memory"], "workers": given["workers"]},
-        output=_output(given["output"]),
+        output=output_of(given["output"]),
         intersect=given["intersect"],
     )
     return recipe_of(overlaid(root, asked, "ckpt merge"))
@@ -204,7 +204,8 @@ def _method(given: dict[str, Any]) -> tuple[str | None, dict[str, Any]]:
     return given["method"] or ("mwa" if given["weight_by"] is not None else None), parameters
 
 
-def _output(text: str | None) -> dict[str, Any]:
+def output_of(text: str | None) -> dict[str, Any]:
+    """`URL[@STEP]` as the output of a recipe."""
     if text is None:
         return {}
     address = parse(text)
@@ -214,6 +215,11 @@ def _output(text: str | None) -> dict[str, Any]:
     if step == "latest":
         raise InvalidInputError("the step of a result is a number: -o URL@STEP", kind="bad-address")
     return {"url": address.url, "step": step}
+
+
+def weights_of(text: str | None) -> list[float] | None:
+    """The numbers of `W,W,...`."""
+    return None if text is None else [_number(part) for part in text.split(",")]
 
 
 def _number(text: str) -> float:

@@ -13,6 +13,7 @@ import click
 
 from ckpt.cli.agent import agent
 from ckpt.cli.copy import copy
+from ckpt.cli.delta import delta
 from ckpt.cli.diff import diff
 from ckpt.cli.doctor import doctor
 from ckpt.cli.exit_codes import BUG, DONE, FAILED, INTERRUPTED, USAGE, epilog
@@ -20,6 +21,7 @@ from ckpt.cli.explain import explain
 from ckpt.cli.export import export
 from ckpt.cli.forget import forget
 from ckpt.cli.gc import gc
+from ckpt.cli.lora import lora
 from ckpt.cli.ls import ls
 from ckpt.cli.merge import merge
 from ckpt.cli.plan import plan
@@ -58,6 +60,8 @@ for _command in (
     copy,
     merge,
     watch,
+    delta,
+    lora,
     explain,
     unmerge,
     export,

@@ -15,7 +15,7 @@ import secrets
 import shutil
 import struct
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
 from typing import Any
@@ -128,6 +128,8 @@ def export_safetensors(
     options: Options,
     file_bytes: int = EXPORT_FILE_BYTES,
     config_from: str | None = None,
+    stem: str = "model",
+    more: Mapping[str, bytes] | None = None,
     progress: Progress | None = None,
 ) -> Exported:
     """Write `tensors` (of `choose`) into a folder that is not there yet, or is empty. AlreadyExistsError otherwise.
@@ -135,12 +137,14 @@ def export_safetensors(
     Args:
         file_bytes: of one file, about; a larger tensor makes a larger file.
         config_from: a folder whose small files (config, tokenizer) are copied.
+        stem: what names of files begin with.
+        more: small files to write beside, by name.
         progress: called with the bytes done; each byte is read once and written once.
     """
     start = time.perf_counter()
     groups = _groups(tensors, file_bytes)
-    names = _file_names(len(groups))
-    side = _side_files(config_from, options) if config_from is not None else {}
+    names = _file_names(stem, len(groups))
+    side = {**(_side_files(config_from, options) if config_from is not None else {}), **(more or {})}
     with _appearing(folder, options) as into, _Pump(stored, options, progress) as pump:
         for name, group in zip(names, groups, strict=True):
             pump.write(into, name, group)
@@ -168,8 +172,8 @@ def _groups(tensors: Sequence[Tensor], file_bytes: int) -> list[list[Tensor]]:
     return groups
 
 
-def _file_names(num: int) -> list[str]:
-    return ["model.safetensors"] if num == 1 else [f"model-{i + 1:05d}-of-{num:05d}.safetensors" for i in range(num)]
+def _file_names(stem: str, num: int) -> list[str]:
+    return [f"{stem}{SUFFIX}"] if num == 1 else [f"{stem}-{i + 1:05d}-of-{num:05d}{SUFFIX}" for i in range(num)]
 
 
 def _index(names: Sequence[str], groups: Sequence[Sequence[Tensor]]) -> bytes:

@@ -11,6 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from ckpt.config import MERGE_LISTED_MAX
+from ckpt.convert.peft import parse_factor
 from ckpt.errors import InvalidInputError, MismatchError
 from ckpt.format.spec import TensorSpec
 from ckpt.kernels.merge import is_float
@@ -54,6 +55,7 @@ def match(opened: Opened, recipe: Recipe) -> Catalog:
     names = frozenset(specs)
     decisions = {name: decide(specs[name], recipe, names) for name in sorted(specs)}
     _refuse(specs, decisions)
+    _refuse_factors(opened.sources, decisions)
     differences: dict[str, list[str]] = {}
     for source in opened.sources:
         _compare(source, newest, specs, decisions, recipe, differences)
@@ -94,6 +96,33 @@ def _refuse(specs: Mapping[str, TensorSpec], decisions: Mapping[str, Decision]) 
             kind="cannot-merge",
             hints=("a rule says what becomes of them: `rules: [{match: PATTERN, policy: newest}]`",),
         )
+
+
+def _refuse_factors(sources: Sequence[Source], decisions: Mapping[str, Decision]) -> None:
+    """Factors of adapters of different runs: combined one by one they give another change than the combined changes.
+
+    Of one run they may be: neighbouring checkpoints are so close that it makes no difference (the plan has a note).
+    """
+    found = factors_among(decisions)
+    if found and len({source.url for source in sources}) > 1:
+        raise InvalidInputError(
+            f"{len(found)} tensors are factors of LoRA adapters, such as `{found[0]}`, and the sources are not of one run: "
+            "merged one by one, factors give another change than the merged changes",
+            kind="adapters",
+            hints=(
+                "`ckpt lora` merges adapters",
+                "a rule can say otherwise: `rules: [{match: PATTERN, policy: combine}]`",
+            ),
+        )
+
+
+def factors_among(decisions: Mapping[str, Decision]) -> list[str]:
+    """Names of tensors that are factors of LoRA adapters and would be combined without a rule that says so."""
+    return [
+        name
+        for name, decision in decisions.items()
+        if decision.policy == "combine" and not decision.rule and parse_factor(name.partition("/")[2]) is not None
+    ]
 
 
 def _compare(

@@ -24,16 +24,13 @@ from typing import Any
 
 import psutil
 
-import ckpt.commit.publish as publishing
 import ckpt.commit.receipts as receipts_of
 from ckpt import failpoints
 from ckpt.commit import names
-from ckpt.commit.assemble import Assembler
 from ckpt.commit.complete import PROGRAM
 from ckpt.commit.find import contents, step_folders
 from ckpt.commit.receipts import read_record
 from ckpt.config import Options
-from ckpt.engine.reader import StoredCheckpoint
 from ckpt.errors import (
     AlreadyExistsError,
     CheckpointError,
@@ -42,11 +39,12 @@ from ckpt.errors import (
     MismatchError,
     NotFoundError,
 )
-from ckpt.format import manifest, receipt
+from ckpt.format import receipt
 from ckpt.merge import records
 from ckpt.merge.lineage import lineage_of
 from ckpt.merge.method import Constants, Elementwise
 from ckpt.merge.plan import MergePlan
+from ckpt.merge.publication import Saved, abandon, publish_images
 from ckpt.merge.spans import Limits, needs_pass
 from ckpt.store.base import Store
 
@@ -177,25 +175,9 @@ class Job:
             self.into, step, attempt, self.num_images, timeout_s=self.options.commit_timeout_s, options=self.options
         )
         found = [receipt.unpack(payloads[number], name=f"image {number}") for number in range(self.num_images)]
-        newest = self.plan.opened.newest.reader
-        stored = newest.manifest if isinstance(newest, StoredCheckpoint) else None
-        assembled = Assembler(PROGRAM).assemble(
-            found,
-            metadata={"merge": lineage_of(self.plan, self._state()), **self.metadata},
-            metrics={},
-            layout=None if stored is None else stored.layout,
-        )
-        record = dataclasses.replace(
-            assembled.manifest,
-            world=self.plan.world,
-            rank_layouts=[""] * self.plan.world if stored is None else stored.layouts_by_rank,
-            layout=None if stored is None else stored.layout,
-            structure_changed=False,
-        )
-        for name, data in assembled.files.items():
-            failpoints.hit("merge.before-index")
-            self.into.put(f"{names.attempt_folder(step, attempt)}/{name}", data)
-        publishing.publish(self.into, step, attempt, manifest.pack(record), options=self.options)
+        saved = Saved.like(self.plan.opened.newest.reader)
+        metadata = {"merge": lineage_of(self.plan, self._state()), **self.metadata}
+        publish_images(self.into, found, saved, metadata=metadata, options=self.options)
         self.drop_records()
 
     def _state(self) -> Mapping[str, Any]:
@@ -223,15 +205,7 @@ class Job:
 
     def abandon(self, error: BaseException) -> None:
         """Remove everything of the attempt, after a failure that trying again does not mend."""
-        folder = names.attempt_folder(self.step, self.attempt)
-        try:
-            publishing.abort(self.into, self.step, self.attempt, f"it could not be merged: {error}")
-            keys = [entry.key for entry in self.into.list(folder + "/")]
-            mark = names.aborted_key(self.step, self.attempt)
-            self.into.delete([key for key in keys if key != mark])
-            self.into.delete([mark])
-        except CheckpointError as problem:
-            error.add_note(f"what was written could not be removed (`ckpt gc` does): {problem.message}")
+        abandon(self.into, self.step, self.attempt, error)
 
 
 def plan_key(step: int, attempt: str) -> str:

@@ -22,7 +22,7 @@ from ckpt.format.checksum import choose_block_bytes
 from ckpt.format.spec import TensorSpec
 from ckpt.kernels.merge import is_float
 from ckpt.merge import parameters, registry
-from ckpt.merge.catalog import Catalog, Entry, match
+from ckpt.merge.catalog import Catalog, Entry, factors_among, match
 from ckpt.merge.images import ImagePlan, plan_images
 from ckpt.merge.method import Coefficients, Context, Elementwise, Linear, Method, Needs, SourceTensor, Unit
 from ckpt.merge.objects import ResultObject, objects_of
@@ -501,6 +501,9 @@ def _notes(opened: Opened, recipe: Recipe, catalog: Catalog, tensors: Sequence[T
         yield f"{len(mixed)} of them have no master copy in every source: there the parameter itself is read"
     if any(p.kind == "pool" for p in tensors):
         yield "running statistics of batch normalisation are pooled; re-estimate them on data where you can"
+    factors = factors_among({p.spec.name: p.entry.decision for p in tensors})
+    if factors:
+        yield f"{len(factors)} tensors are factors of LoRA adapters, merged one by one: right for neighbours of one run alone"
     if recipe.state.optimizer == "drop" and any(why == "optimizer state" for _, why in catalog.dropped):
         yield "optimizer state is left out"
     unmerges = recipe.combine.method == UNMERGE
