@@ -35,6 +35,7 @@ if TYPE_CHECKING:
     from ckpt.layout.layout import Layout
     from ckpt.merge.api import merge, plan_merge, resume_merge
     from ckpt.merge.registry import merge_method
+    from ckpt.search.api import search
     from ckpt.snapshot.fence import Attached, attach, fence
     from ckpt.state import FlatOptimizerState, FlatShard, annotate
     from ckpt.state.elastic import ElasticLoader, ElasticSampler
@@ -129,13 +130,14 @@ __all__ = [
     "register_codec",
     "resume_merge",
     "save",
+    "search",
     "zarr_store",
 ]
 
 
 def __getattr__(name: str) -> Any:
-    if name == "merge":  # a package that can be called
-        return importlib.import_module("ckpt.merge")
+    if name in ("merge", "search"):  # packages that can be called
+        return importlib.import_module(f"ckpt.{name}")
     if name not in _PLACES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     value = getattr(importlib.import_module(_PLACES[name]), name)

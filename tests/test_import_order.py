@@ -34,6 +34,7 @@ ORDER = [
     "agent",
     "convert",
     "merge",
+    "search",
     "integrations",
     "observe",
     "api",

@@ -161,7 +161,7 @@ def _recipe(sources: Sequence[str], given: dict[str, Any]) -> Recipe:
         numerics={"dtype": given["dtype"], "nan": given["nan"]},
         random={"seed": given["seed"]},
         limits={"memory": given["memory"], "workers": given["workers"]},
-        output=_output(given["output"]),
+        output=output_option(given["output"]),
         intersect=given["intersect"],
     )
     return recipe_of(overlaid(root, asked, "ckpt merge"))
@@ -182,7 +182,8 @@ def _method(given: dict[str, Any]) -> tuple[str | None, dict[str, Any]]:
     return given["method"] or ("mwa" if given["weight_by"] is not None else None), parameters
 
 
-def _output(text: str | None) -> dict[str, Any]:
+def output_option(text: str | None) -> dict[str, Any]:
+    """`output` of a recipe, as `-o URL[@STEP]` says it."""
     if text is None:
         return {}
     address = parse(text)
