@@ -2,9 +2,8 @@
 
 In: scores. Out: points. Differs from the paper's program in three ways: the quadratics are fitted by least squares, on the metric
 or on its logit; the front of the models is found by NSGA-II (Deb et al. 2002) inside the box that was sampled; and the points of
-that front are then measured, added to the fit, and the front is found again, until the budget is spent or its points
-are all measured. What a search reports as
-its front are measured scores, never values of a model.
+that front are then measured, added to the fit, and the front is found again, until the budget is spent or its points are all
+measured. What a search reports as its front are measured scores, never values of a model.
 """
 
 from __future__ import annotations
