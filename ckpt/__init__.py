@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from ckpt.api import Checkpointer, async_save, load, open, save
-    from ckpt.config import Memory, Options
+    from ckpt.config import Memory, OnlineAverage, Options
     from ckpt.convert.zarr import zarr_store
     from ckpt.engine.attempt import Saved
     from ckpt.engine.load import Loaded
@@ -51,6 +51,7 @@ _PLACES = {
     "open": "ckpt.api",
     "save": "ckpt.api",
     "Memory": "ckpt.config",
+    "OnlineAverage": "ckpt.config",
     "Options": "ckpt.config",
     "zarr_store": "ckpt.convert.zarr",
     "PendingSave": "ckpt.engine.pending",
@@ -109,6 +110,7 @@ __all__ = [
     "Memory",
     "MismatchError",
     "NotFoundError",
+    "OnlineAverage",
     "Options",
     "PendingSave",
     "RNG",

@@ -21,7 +21,7 @@ import torch.distributed as dist
 
 from ckpt import config
 from ckpt.commit.complete import Request
-from ckpt.config import Memory, Options
+from ckpt.config import Memory, OnlineAverage, Options
 from ckpt.engine.attempt import Saved
 from ckpt.engine.load import Loaded, Rename
 from ckpt.engine.pending import PendingSave
@@ -41,6 +41,7 @@ from ckpt.store.open import open_store
 
 if TYPE_CHECKING:
     from ckpt.agent.tier import Tier
+    from ckpt.merge.beside import Beside
 
 _log = logging.getLogger("ckpt")
 
@@ -244,8 +245,11 @@ class Checkpointer:
         incremental: as for `save`.
         sinks: where events go besides the log of the run (ckpt.observe).
         memory: also keep snapshots in the memory of agents, one per rank, that outlive this process (docs/how-to/memory.md).
+        merge: keep an average of the checkpoints up, in a process of its own on the node of rank 0 (docs/how-to/merge.md). What
+            goes wrong with it is logged and in `average.failures`; it never fails a save.
 
     Attributes:
+        average: the average that is kept up, on rank 0; None without `merge`.
         restored: what `restore` found last, None when there was nothing.
         skipped: saves that were due and left out because the ones before were not over (option `when_busy="skip"`).
     """
@@ -264,6 +268,7 @@ class Checkpointer:
         storage_options: Mapping[str, Any] | None = None,
         sinks: Sequence[Sink] = (),
         memory: Memory | None = None,
+        merge: OnlineAverage | None = None,
     ) -> None:
         if every < 1 or (keep_last is not None and keep_last < 1):
             raise InvalidInputError(f"every and keep_last must be at least 1, found {every} and {keep_last}")
@@ -273,12 +278,14 @@ class Checkpointer:
         self.restored: Restored | None = None
         if memory is not None and not background:
             raise InvalidInputError("snapshots in memory need saves in the background: background=True")
+        self.average = None if merge is None else self._make_average(url, merge, options, storage_options)
         self._run = Run(
             url,
             group=process_group,
             options=options,
             storage_options=storage_options,
             keep_last=keep_last,
+            follower=self.average,
             sinks=lambda store, options, rank, world: [
                 *default_sinks(store, options, rank=rank, world=world),
                 *sinks,
@@ -286,6 +293,13 @@ class Checkpointer:
             keeper=None if memory is None else functools.partial(self._make_tier, memory, storage_options),
         )
         _end_orderly(self._run.options.terminate_grace_s)
+
+    def _make_average(
+        self, url: Url, rule: OnlineAverage, options: Options | None, storage: Mapping[str, Any] | None
+    ) -> Beside:
+        from ckpt.merge.beside import Beside  # YAML and methods take a while to import, and few need them
+
+        return Beside(os.fspath(url), rule, config.from_environment(options), storage)
 
     def _make_tier(
         self, memory: Memory, storage: Mapping[str, Any] | None, url: str, world: World, options: Options

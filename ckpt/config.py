@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
@@ -154,6 +155,59 @@ class Memory:
             raise InvalidInputError(
                 f"`parity` must be at least 1 and less than `group_size`, found {self.parity} and {self.group_size}"
             )
+
+
+@dataclass(frozen=True, kw_only=True)
+class OnlineAverage:
+    """An average of a run's checkpoints that is kept up as they land (docs/how-to/merge.md).
+
+    Args:
+        into: the run that averages are written into, one per step; sums that go on lie in its folder `sums`.
+        method: `uniform`: the mean of all checkpoints from `first_step` on; `ema`: their exponential average; `window`: the mean
+            of the newest `last`, which retention then leaves in the run.
+        half_life: of `ema`, training steps after which a checkpoint counts half. Or `decay`, per checkpoint.
+        last: checkpoints of a `window`.
+        first_step: checkpoints before it do not count.
+        every: of the checkpoints that are saved, only steps divisible by this count.
+        publish_every: write an average each time that so many more checkpoints are in it.
+        keep_last: averages that are kept in `into`; all when None.
+        dtype: of the averages; that of the checkpoints when None.
+        rules: what becomes of tensors by name, as in a merge recipe.
+        memory: bytes that a merge may take.
+        backlog_max: checkpoints that retention leaves for an average that is behind; older ones are then missing in it.
+    """
+
+    into: str
+    method: Literal["uniform", "ema", "window"] = "uniform"
+    half_life: float | None = None
+    decay: float | None = None
+    last: int = 5
+    first_step: int = 0
+    every: int = 1
+    publish_every: int = 1
+    keep_last: int | None = None
+    dtype: str | None = None
+    rules: tuple[Mapping[str, object], ...] = ()
+    memory: int | None = None
+    backlog_max: int = 10
+
+    def __post_init__(self) -> None:
+        if self.method not in ("uniform", "ema", "window"):
+            raise InvalidInputError(f"`method` must be uniform, ema or window, found {self.method!r}")
+        if not self.into:
+            raise InvalidInputError("`into` must name the run that averages are written into")
+        if (self.method == "ema") != ((self.half_life is None) != (self.decay is None)):
+            raise InvalidInputError("the method `ema`, and no other, takes either `half_life` or `decay`")
+        if self.half_life is not None and not self.half_life > 0:
+            raise InvalidInputError(f"`half_life` must be positive, found {self.half_life}")
+        if self.decay is not None and not 0 <= self.decay < 1:
+            raise InvalidInputError(f"`decay` must be at least 0 and below 1, found {self.decay}")
+        for name in ("last", "every", "publish_every", "backlog_max", "keep_last", "memory"):
+            value = getattr(self, name)
+            if value is not None and (type(value) is not int or value < 1):
+                raise InvalidInputError(f"`{name}` must be a whole number from 1 on, found {value!r}")
+        if type(self.first_step) is not int or self.first_step < 0:
+            raise InvalidInputError(f"`first_step` must be a whole number from 0 on, found {self.first_step!r}")
 
 
 def from_environment(base: Options | None = None, **changes: object) -> Options:

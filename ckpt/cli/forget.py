@@ -11,7 +11,7 @@ from ckpt.cli import texts
 from ckpt.cli.address import Address
 from ckpt.cli.command import ADDRESS, command, opened_run, refuse_no_run
 from ckpt.cli.printer import Column, Printer
-from ckpt.commit import find, names, retention
+from ckpt.commit import find, names, pins, retention
 from ckpt.commit.retention import Policy, StepRecord, Verdict
 from ckpt.errors import InvalidInputError
 from ckpt.format import manifest
@@ -85,7 +85,7 @@ def _verdicts(store: Store, checkpoints: Address, policy: Policy | None) -> list
     for step in complete:
         key = names.manifest_key(step)
         records.append(StepRecord(step=step, metrics=manifest.unpack(store.read(key), name=key).metrics))
-    return retention.decide(records, policy)
+    return retention.decide(records, policy, pins.pinned(store, complete))
 
 
 def _print(printer: Printer, url: str, verdicts: Sequence[Verdict], dry_run: bool) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
@@ -26,6 +27,7 @@ from ckpt.merge.given import Given, overlaid, recipe_nodes
 from ckpt.merge.job import find_unfinished
 from ckpt.merge.nodes import read_yaml
 from ckpt.merge.plan import MergePlan
+from ckpt.merge.ranks import merge_on, ranks_of
 from ckpt.merge.recipe import Recipe, recipe_of
 from ckpt.merge.run import Merged, again, begin, carry_out, planned, recipe_again
 from ckpt.store.base import Store
@@ -51,6 +53,7 @@ _OPTIONS = (
     click.option("--seed", type=int, metavar="N", help="Of random masks, and of the random streams of the result."),
     click.option("--memory", metavar="SIZE", help="Memory that all processes together may take."),
     click.option("--workers", type=int, metavar="N", help="Processes; default: 1."),
+    click.option("--ray", metavar="ADDRESS", help="On a Ray cluster, --workers tasks at a time: `auto`, `local`, or its address."),
     click.option("--plan", "only_plan", is_flag=True, help="Show what would be done, and do nothing."),
     click.option("--resume", metavar="URL[@STEP]", help="Go on with a merge that was killed."),
     click.option("--export", "folder", metavar="DIR", help="Also write the model as safetensors files into this folder."),
@@ -63,6 +66,7 @@ class _Asked:
     """What the user asked for, besides the recipe."""
 
     workers: int
+    ray: str | None
     folder: str | None
     only_plan: bool
 
@@ -85,7 +89,9 @@ def merge(printer: Printer, sources: tuple[str, ...], **given: Any) -> None:
     if given["list_methods"]:
         print_methods(printer)
         return
-    asked = _Asked(workers=given["workers"] or 0, folder=given["folder"], only_plan=given["only_plan"])
+    asked = _Asked(
+        workers=given["workers"] or 0, ray=given["ray"], folder=given["folder"], only_plan=given["only_plan"]
+    )
     options = config.from_environment()
     if given["resume"] is not None:
         _resume(printer, sources, given, asked, options)
@@ -103,21 +109,37 @@ def merge(printer: Printer, sources: tuple[str, ...], **given: Any) -> None:
             raise InvalidInputError("say where the result goes: -o URL", kind="no-output")
         store = open_store(recipe.output, options=options)
         try:
-            refuse_existing(store, plan.step)
-            job = begin(plan, store, options, workers=workers)
-            total = estimate(plan, job.limits, workers, options)
-            with printer.progress(f"merge into step {plan.step}", total.read_nbytes + total.written_nbytes) as bar:
-                done = carry_out(job, api.runner_of(workers, None), bar.advance)
-            _tell(printer, plan, recipe.output, done, _export(printer, store, done, plan, asked, options))
+            _carry_out(printer, plan, recipe.output, store, workers, asked, options)
         finally:
             store.close()
 
 
+def _carry_out(
+    printer: Printer, plan: MergePlan, url: str, store: Store, workers: int, asked: _Asked, options: Options
+) -> None:
+    """In this process and those that it starts; or, as a rank of a job, together with the others."""
+    ranks = ranks_of(os.environ)
+    if ranks is not None:
+        if asked.workers > 1 or asked.ray is not None:
+            raise InvalidInputError("the ranks of a job are the workers: leave --workers and --ray out", kind="usage")
+        done = merge_on(ranks, plan, store, options)
+        if ranks.rank == 0:
+            _tell(printer, plan, url, done, _export(printer, store, done, plan, asked, options))
+        return
+    refuse_existing(store, plan.step)
+    job = begin(plan, store, options, workers=workers)
+    total = estimate(plan, job.limits, workers, options)
+    with printer.progress(f"merge into step {plan.step}", total.read_nbytes + total.written_nbytes) as bar:
+        done = carry_out(job, api.runner_of(workers, None, asked.ray), bar.advance)
+    _tell(printer, plan, url, done, _export(printer, store, done, plan, asked, options))
+
+
 def _resume(printer: Printer, sources: Sequence[str], given: dict[str, Any], asked: _Asked, options: Options) -> None:
-    odd = [name for name, value in given.items() if value and name not in ("resume", "workers", "folder")]
+    odd = [name for name, value in given.items() if value and name not in ("resume", "workers", "ray", "folder")]
     if sources or odd:
         raise InvalidInputError(
-            "--resume goes on with what was begun: only --workers and --export may be given with it", kind="usage"
+            "--resume goes on with what was begun: only --workers, --ray and --export may be given with it",
+            kind="usage",
         )
     address = parse(given["resume"])
     step = address.one() if address.steps is not None else None
@@ -132,7 +154,7 @@ def _resume(printer: Printer, sources: Sequence[str], given: dict[str, Any], ask
             job = again(found, plan, store, options)
             total = estimate(plan, job.limits, workers, options)
             with printer.progress(f"merge into step {plan.step}", total.read_nbytes + total.written_nbytes) as bar:
-                done = carry_out(job, api.runner_of(workers, None), bar.advance)
+                done = carry_out(job, api.runner_of(workers, None, asked.ray), bar.advance)
             _tell(printer, plan, address.url, done, _export(printer, store, done, plan, asked, options))
     finally:
         store.close()

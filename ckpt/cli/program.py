@@ -33,6 +33,7 @@ from ckpt.cli.simulate import simulate
 from ckpt.cli.tensors import tensors
 from ckpt.cli.unforget import unforget
 from ckpt.cli.verify import verify
+from ckpt.cli.watch import watch
 from ckpt.commit.complete import PROGRAM
 from ckpt.errors import CheckpointError
 
@@ -57,6 +58,7 @@ for _command in (
     copy,
     merge,
     search,
+    watch,
     explain,
     export,
     report,

@@ -27,7 +27,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from ckpt import failpoints
-from ckpt.commit import names, references
+from ckpt.commit import names, pins, references
 from ckpt.commit.find import Attempt, StepContents, contents, step_folders
 from ckpt.commit.publish import mark_aborted, published_attempt
 from ckpt.config import Options
@@ -100,14 +100,27 @@ def collect_garbage(
     folders = step_folders(store)
     now_s = _store_time_s(store) if folders else 0.0
     found = [contents(store, step) for step in folders]
-    plan = make_plan(found, now_s=now_s, options=options, force_unfinished=force_unfinished)
+    pinned = pins.pinned(store, [step.step for step in found if step.complete or step.forgotten])
+    plan = make_plan(found, now_s=now_s, options=options, force_unfinished=force_unfinished, pinned=pinned)
     if dry_run:
         return GcReport(plan=plan, dry_run=True, nbytes=0, num_objects=0, num_swept=0, spared=())
     return _act(store, plan, found, 0.0 if force_unfinished else options.gc_grace_s)
 
 
-def make_plan(found: list[StepContents], *, now_s: float, options: Options, force_unfinished: bool = False) -> GcPlan:
-    """Decide. Pure. `now_s` is the store's time; 0.0 when it has none, then no attempt is old."""
+def make_plan(
+    found: list[StepContents],
+    *,
+    now_s: float,
+    options: Options,
+    force_unfinished: bool = False,
+    pinned: Mapping[int, str] | None = None,
+) -> GcPlan:
+    """Decide. Pure.
+
+    Args:
+        now_s: the store's time; 0.0 when it has none, then no attempt is old.
+        pinned: forgotten steps whose data stay, and why (pins.py).
+    """
     removals: list[Removal] = []
     kept: list[Kept] = []
     leftovers: list[str] = []
@@ -117,6 +130,9 @@ def make_plan(found: list[StepContents], *, now_s: float, options: Options, forc
         needs.add_step(step)
         for attempt in step.attempts:
             remove, reason = _judge(step, attempt, now_s, options, force_unfinished)
+            if attempt.attempt == step.forgotten and step.step in (pinned or {}):
+                remove, reason = False, f"forgotten, but {(pinned or {})[step.step]}"
+                needs.add(step.step, step.forgotten_needed or ())
             if remove:
                 going.append((attempt, reason, attempt.attempt == step.forgotten))
             elif reason:

@@ -14,6 +14,7 @@ would not be written by this module is not read by it.
     step-000000001000/<attempt>/receipts/00003-of-00128.receipt     a rank's vote
     step-000000001000/<attempt>/receipts/00003-of-00128.failed.json a rank's reason
     events/...                                                      what happened (observe/log.py); no part of a checkpoint
+    pins/<name>.json                                                which steps retention leaves, and for whom (pins.py)
 """
 
 from __future__ import annotations

@@ -57,10 +57,10 @@ class Verdict:
     reason: str
 
 
-def decide(records: Iterable[StepRecord], policy: Policy) -> list[Verdict]:
-    """One verdict per step, ascending. Pure. The reason is the first rule that keeps it."""
+def decide(records: Iterable[StepRecord], policy: Policy, pinned: Mapping[int, str] | None = None) -> list[Verdict]:
+    """One verdict per step, ascending. Pure. The reason is the first rule that keeps it, before that a pin (pins.py)."""
     ordered = sorted(records, key=lambda record: record.step)
-    reasons: dict[int, str] = {}
+    reasons: dict[int, str] = dict(pinned or {})
     for step, reason in _kept(ordered, policy):
         reasons.setdefault(step, reason)
     return [

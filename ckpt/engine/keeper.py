@@ -12,6 +12,20 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ckpt.commit.complete import Request
+from ckpt.store.base import Store
+
+
+class Follower(Protocol):
+    """What is done with checkpoints once they are complete, on rank 0, by whoever finishes saves: an average that is kept up."""
+
+    def before_retention(self, store: Store) -> None:
+        """Say what it still needs, before anything is forgotten."""
+
+    def committed(self, step: int) -> None:
+        """A checkpoint is complete. Returns at once."""
+
+    def close(self, timeout_s: float = ...) -> None:
+        """Finish, within the time. May be called twice."""
 
 
 class Keeper(Protocol):

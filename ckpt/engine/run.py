@@ -21,12 +21,12 @@ import torch.distributed as dist
 
 from ckpt import config
 from ckpt.collector import collector_paused
-from ckpt.commit import find, retention
+from ckpt.commit import find, pins, retention
 from ckpt.commit.complete import Request
 from ckpt.commit.gc import collect_garbage
 from ckpt.config import Memory, Options
 from ckpt.engine.attempt import Attempt, Saved
-from ckpt.engine.keeper import Keeper
+from ckpt.engine.keeper import Follower, Keeper
 from ckpt.engine.load import Loaded, Rename, load_state
 from ckpt.engine.pace import Pace
 from ckpt.engine.pending import PendingSave, failed_error
@@ -83,9 +83,10 @@ class Run:
         keep_last: int | None = None,
         sinks: MakeSinks | None = None,
         keeper: MakeKeeper | None = None,
+        follower: Follower | None = None,
     ) -> None:
         self.options = config.from_environment(options)
-        self._keep_last = keep_last
+        self._keep_last, self._follower = keep_last, follower
         self.store: Store = open_store(url, options=self.options, storage_options=storage_options)
         self.world: World = current_world(group, self.options.exchange_timeout_s)
         rank, world = self.world.rank, self.world.size
@@ -120,7 +121,7 @@ class Run:
             local, error = self._collect(state, layout, timeline, stage_devices=True)
             saved = self._session.save(local, request, error, timeline)
             timeline.add("call", timeline.start, time.perf_counter())
-        self._retire()
+        self._committed(saved.step)
         if failed is not None:
             raise failed
         return saved
@@ -232,7 +233,7 @@ class Run:
     def _finish(self, attempt: Attempt) -> Saved:
         with self._told(attempt.timeline, attempt.request.step, attempt.id):
             saved = self._session.finish(attempt)
-        self._retire()
+        self._committed(saved.step)
         return saved
 
     @collector_paused()
@@ -402,12 +403,26 @@ class Run:
         found, self._failed = self._failed, []
         return failed_error(found)
 
-    def _retire(self) -> None:
-        """Rank 0 forgets what `keep_last` no longer keeps, and removes it. The save stands, whatever happens here."""
-        if self._keep_last is None or self.world.rank != 0:
+    def _committed(self, step: int) -> None:
+        """Rank 0 gives word of a complete checkpoint and retires old ones. The save stands, whatever happens here."""
+        if self.world.rank != 0:
             return
         try:
-            old = find.steps(self.store)[: -self._keep_last]
+            if self._follower is not None:
+                self._follower.before_retention(self.store)
+                self._follower.committed(step)
+        except Exception as error:  # noqa: BLE001 - the save is published; other ranks have seen it succeed
+            _log.error("what follows the checkpoints of %s failed: %s", self.store.url, first_line(error))
+        self._retire()
+
+    def _retire(self) -> None:
+        """Forget what `keep_last` no longer keeps and nothing pins, and remove it."""
+        if self._keep_last is None:
+            return
+        try:
+            steps = find.steps(self.store)
+            pinned = pins.pinned(self.store, steps)
+            old = [step for step in steps[: -self._keep_last] if step not in pinned]
             if old:
                 retention.forget(self.store, old)
                 collect_garbage(self.store, options=self.options)
@@ -459,6 +474,8 @@ class Run:
             self._session.close()
             if self.keeper is not None:
                 self.keeper.close(over=over)
+            if self._follower is not None:
+                self._follower.close(*(() if grace_s is None else (grace_s,)))
             if self._telling.close(_EVENTS_S):
                 self.events.close()
             else:

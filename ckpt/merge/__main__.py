@@ -1,4 +1,5 @@
-"""`python -m ckpt.merge`: a worker process of a merge, started by processes.py. People use `ckpt merge`.
+"""`python -m ckpt.merge`: a worker process of a merge, started by processes.py, or one that keeps an average up, started by
+beside.py. People use `ckpt merge` and `ckpt watch`.
 
 In: lines of JSON on standard input: first the job, then `{"stage": N}`, `{"task": N}`, `{"over": true}`, `{"end": true}`. Out:
 lines of JSON on standard output: tasks done, bytes read, or one error. Ends at once when its parent is gone.
@@ -6,7 +7,6 @@ lines of JSON on standard output: tasks done, bytes read, or one error. Ends at 
 
 from __future__ import annotations
 
-import importlib
 import json
 import os
 import queue
@@ -49,36 +49,54 @@ def _say(what: dict[str, Any]) -> None:
 
 
 def _work(lines: queue.SimpleQueue[dict[str, Any]]) -> None:
-    from ckpt.config import Options
-    from ckpt.merge.job import Job, read_unfinished
-    from ckpt.merge.plan import make_plan
-    from ckpt.merge.run import recipe_again
-    from ckpt.merge.sources import open_sources
+    from ckpt.merge import remote
     from ckpt.merge.work import Worker
-    from ckpt.store.open import open_store
 
     first = lines.get()
-    for module in first["imports"]:
-        importlib.import_module(module)
+    if "online" in first:
+        _keep_up(first, lines)
+        return
+    with remote.opened(first) as job:
+        worker = Worker(job, lambda nbytes: _say({"nbytes": nbytes}))
+        try:
+            while "end" not in (said := lines.get()):
+                if "stage" in said:
+                    worker.do(
+                        said["stage"], _Given(lines), lambda task: _say({"done": task, "read": worker.read_nbytes})
+                    )
+        finally:
+            worker.close()
+
+
+def _keep_up(first: dict[str, Any], lines: queue.SimpleQueue[dict[str, Any]]) -> None:
+    """Bring an average up to date whenever something landed; what was told meanwhile counts once."""
+    import functools
+
+    from ckpt.agent.wire import described
+    from ckpt.config import OnlineAverage, Options
+    from ckpt.errors import CheckpointError
+    from ckpt.merge.online import Updater
+    from ckpt.store.open import open_store
+
+    os.nice(first["nice"])
     options, storage = Options(**first["options"]), first["storage_options"] or None
-    store = open_store(first["url"], options=options, storage_options=storage)
-    found = read_unfinished(store, first["step"], first["attempt"])
-    recipe = recipe_again(found.recipe)
-    opened = open_sources(
-        recipe.sources, recipe.base, options, lambda url: open_store(url, options=options, storage_options=storage)
+    rule = OnlineAverage(**{**first["online"], "rules": tuple(first["online"]["rules"])})
+    updater = Updater(
+        first["url"], rule, options, functools.partial(open_store, options=options, storage_options=storage)
     )
-    plan = make_plan(opened, recipe, image_bytes=found.image_bytes)
-    job = Job(plan, store, found.attempt, found.limits, options)
-    job.check(found)
-    worker = Worker(job, lambda nbytes: _say({"nbytes": nbytes}))
+    said: dict[str, Any] = {}
     try:
-        while "end" not in (said := lines.get()):
-            if "stage" in said:
-                worker.do(said["stage"], _Given(lines), lambda task: _say({"done": task, "read": worker.read_nbytes}))
+        while "end" not in said:
+            said = lines.get()
+            while "end" not in said and not lines.empty():
+                said = lines.get()
+            try:
+                updater.catch_up(lambda told: _say({"told": vars(told)}))
+                _say({"up_to_date": True})
+            except CheckpointError as error:
+                _say({"failed": described(error)})
     finally:
-        worker.close()
-        opened.close()
-        store.close()
+        updater.close()
 
 
 class _Given:

@@ -21,6 +21,7 @@ from ckpt.merge.given import Given, overlaid, recipe_nodes
 from ckpt.merge.job import Job, find_unfinished
 from ckpt.merge.method import Method
 from ckpt.merge.nodes import Node, read_yaml
+from ckpt.merge.on_ray import OnRay
 from ckpt.merge.plan import MergePlan
 from ckpt.merge.processes import Processes
 from ckpt.merge.recipe import Recipe, from_document, recipe_of
@@ -49,6 +50,7 @@ def merge(
     intersect: bool = False,
     memory: int | str | None = None,
     workers: int | None = None,
+    ray: str | None = None,
     options: Options | None = None,
     storage_options: Mapping[str, Any] | None = None,
     progress: Progress | None = None,
@@ -72,6 +74,7 @@ def merge(
         intersect: merge what all sources have in common, instead of refusing those that differ.
         memory: bytes (or `4GiB`) that all processes together may take; None: a few hundred MiB, more where a method gains by it.
         workers: processes; 1 when nothing is said. With more a method must be one that they can import.
+        ray: do the work on a Ray cluster, `workers` tasks at a time: its address, `auto`, or `local` for one of this machine.
         storage_options: for all URLs that are not local.
 
     Raises:
@@ -100,7 +103,7 @@ def merge(
     with _opened(recipe.output, chosen, storage_options) as store, plan_merge(recipe, options, storage_options) as made:
         num = check_workers(made, recipe.workers or 1)
         job = begin(made, store, chosen, workers=num)
-        return carry_out(job, runner_of(num, storage_options), progress)
+        return carry_out(job, runner_of(num, storage_options, ray), progress)
 
 
 @contextmanager
@@ -159,10 +162,12 @@ def is_recipe(source: SourceLike) -> bool:
     return not isinstance(source, Mapping) and os.fspath(source).endswith(RECIPE_SUFFIXES)
 
 
-def runner_of(workers: int, storage_options: Mapping[str, Any] | None) -> MakeRunner:
-    """Who does the tasks: this process, or so many others."""
+def runner_of(workers: int, storage_options: Mapping[str, Any] | None, ray: str | None = None) -> MakeRunner:
+    """Who does the tasks: this process, so many others, or a Ray cluster."""
 
     def make(job: Job, progress: Progress | None) -> Runner:
+        if ray is not None:
+            return OnRay(job, workers, storage_options, progress, address=ray)
         return Here(job, progress) if workers == 1 else Processes(job, workers, storage_options, progress)
 
     return make

@@ -66,6 +66,7 @@ class Job:
 
     def __init__(self, plan: MergePlan, into: Store, attempt: str, limits: Limits, options: Options) -> None:
         self.plan, self.into, self.attempt, self.limits, self.options = plan, into, attempt, limits, options
+        self.metadata: Mapping[str, Any] = {}  # of the checkpoint, beside its lineage
 
     @property
     def step(self) -> int:
@@ -179,7 +180,7 @@ class Job:
         stored = newest.manifest if isinstance(newest, StoredCheckpoint) else None
         assembled = Assembler(PROGRAM).assemble(
             found,
-            metadata={"merge": lineage_of(self.plan)},
+            metadata={**self.metadata, "merge": lineage_of(self.plan)},
             metrics={},
             layout=None if stored is None else stored.layout,
         )

@@ -63,7 +63,7 @@ class SourceInfo:
 
 @dataclass(frozen=True, kw_only=True)
 class Context:
-    """All sources, in the canonical order in which sums are made: by step, then by digest."""
+    """All sources, in the canonical order in which sums are made: by step, then by digest; an anchor comes last."""
 
     sources: tuple[SourceInfo, ...]
     base: SourceInfo | None = None
@@ -86,7 +86,7 @@ class Context:
                 kind="no-order",
                 hints=("say `order: given` to take them as they are named, the oldest first",),
             )
-        return list(numbers)
+        return sorted(numbers, key=lambda i: self.sources[i].step or 0)
 
     def metric(self, name: str) -> list[float]:
         """A metric of each source; `step` is the step. InvalidInputError (`no-metric`) that names every source without it."""

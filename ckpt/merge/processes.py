@@ -15,7 +15,6 @@ import subprocess
 import sys
 import threading
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +22,7 @@ import ckpt
 from ckpt.agent.wire import rebuilt
 from ckpt.engine.read import Progress
 from ckpt.errors import CheckpointError
-from ckpt.merge import registry
+from ckpt.merge import remote
 from ckpt.merge.job import Job, Stage
 
 AHEAD = 2  # tasks that a worker knows of at a time: the one that it does, and the next
@@ -42,16 +41,8 @@ class Processes:
         self._progress = progress
         self._said: queue.SimpleQueue[Says] = queue.SimpleQueue()
         self._read: dict[int, int] = {}
-        imports = sorted({module for bound in job.plan.bounds if (module := registry.module_of(bound.method.name))})
-        first = {
-            "url": _absolute(job.into.url),
-            "step": job.step,
-            "attempt": job.attempt,
-            "options": asdict(job.options),
-            "storage_options": dict(storage_options or {}),
-            "imports": imports,
-        }
-        self._workers = [_Process(number, first, self._said) for number in range(num)]
+        first = remote.described(job, storage_options)
+        self._workers = [Child(number, first, self._said) for number in range(num)]
 
     @property
     def read_nbytes(self) -> int:
@@ -82,7 +73,7 @@ class Processes:
         for worker in self._workers:
             worker.end()
 
-    def _give(self, worker: _Process, left: list[int], out: dict[int, list[int]]) -> None:
+    def _give(self, worker: Child, left: list[int], out: dict[int, list[int]]) -> None:
         """The next task; when there is none, that the stage is over."""
         if left:
             out[worker.number].append(left[0])
@@ -91,8 +82,8 @@ class Processes:
             worker.say({"over": True})
 
 
-class _Process:
-    """One worker process."""
+class Child:
+    """One process of `python -m ckpt.merge`."""
 
     def __init__(self, number: int, first: Mapping[str, Any], said: queue.SimpleQueue[Says]) -> None:
         self.number = number
@@ -129,14 +120,22 @@ class _Process:
             hints=("`ckpt merge --resume` goes on with what is not done",),
         )
 
-    def end(self) -> None:
+    @property
+    def is_alive(self) -> bool:
+        return self._child.poll() is None
+
+    @property
+    def pid(self) -> int:
+        return self._child.pid
+
+    def end(self, timeout_s: float = _END_S) -> None:
         """Let it finish, or kill it. May be called twice."""
         self.say({"end": True})
         with contextlib.suppress(BrokenPipeError, OSError):
             if self._child.stdin is not None:
                 self._child.stdin.close()
         try:
-            self._child.wait(_END_S)
+            self._child.wait(timeout_s)
         except subprocess.TimeoutExpired:
             self._child.kill()
             self._child.wait()
@@ -157,10 +156,6 @@ class _Process:
         assert self._child.stderr is not None
         for line in self._child.stderr:
             self._tail = (self._tail + line)[-_TAIL_BYTES:]
-
-
-def _absolute(url: str) -> str:
-    return url if "://" in url else os.path.abspath(url)
 
 
 def _environment() -> dict[str, str]:

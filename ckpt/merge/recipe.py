@@ -53,6 +53,7 @@ class SourceSpec:
     weight: float = 1.0
     key: str = DEFAULT_KEY  # state key of a folder's names
     rename: tuple[tuple[str, str], ...] = ()  # regular expressions and what takes their place, on whole names
+    anchor: bool = False  # what is not combined comes from this source, not from the newest
 
     @property
     def is_range(self) -> bool:
@@ -130,7 +131,20 @@ _KEYS = (
     "output",
     "intersect",
 )
-_SOURCE_KEYS = ("run", "folder", "steps", "every", "last", "fraction", "count_min", "step", "weight", "key", "rename")
+_SOURCE_KEYS = (
+    "run",
+    "folder",
+    "steps",
+    "every",
+    "last",
+    "fraction",
+    "count_min",
+    "step",
+    "weight",
+    "key",
+    "rename",
+    "anchor",
+)
 
 
 def recipe_of(root: Node) -> Recipe:
@@ -229,6 +243,7 @@ def _source(node: Node) -> SourceSpec:
         weight=_get(entries, "weight", lambda n: n.number("`weight`"), 1.0),
         key=_get(entries, "key", lambda n: n.text("`key`"), DEFAULT_KEY),
         rename=tuple(_rename(item) for item in entries["rename"].items("`rename`")) if "rename" in entries else (),
+        anchor=_get(entries, "anchor", lambda n: n.flag("`anchor`"), False),
     )
 
 

@@ -173,6 +173,8 @@ def _source_document(spec: SourceSpec) -> dict[str, Any]:
         out["weight"] = spec.weight
     if spec.steps is None:
         out["key"] = spec.key
+    if spec.anchor:
+        out["anchor"] = True
     if spec.rename:
         out["rename"] = [{"match": pattern, "to": to} for pattern, to in spec.rename]
     return out

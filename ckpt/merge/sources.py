@@ -1,7 +1,7 @@
 """The sources of a merge, opened: which checkpoints and folders they are, what their tensors are called, how they are ordered.
 
-In: the sources of a recipe. Out: `Source` records in canonical order (step, digest, URL), each with a reader. Reads manifests,
-indexes and headers, no data. One owner closes all with `close`.
+In: the sources of a recipe. Out: `Source` records in canonical order (step, digest, URL; an anchor last), each with a reader.
+Reads manifests, indexes and headers, no data. One owner closes all with `close`.
 """
 
 from __future__ import annotations
@@ -66,14 +66,15 @@ class Source:
     key: str
     rename: tuple[tuple[str, str], ...]
     is_folder: bool = False
+    anchor: bool = False
 
     @property
     def label(self) -> str:
         return self.url if self.is_folder else f"{self.url}@{self.step}"
 
     @property
-    def sort_key(self) -> tuple[int, str, str, int]:
-        return (-1 if self.step is None else self.step, self.digest, self.url, self.place)
+    def sort_key(self) -> tuple[bool, int, str, str, int]:
+        return (self.anchor, -1 if self.step is None else self.step, self.digest, self.url, self.place)
 
     def info(self, number: int) -> SourceInfo:
         """As a method sees it. `number`: of the sources of this step before it."""
@@ -155,7 +156,7 @@ class Opened:
 
     @property
     def newest(self) -> Source:
-        """Where everything comes from that is not combined."""
+        """Where everything comes from that is not combined: the anchor, where one is named."""
         return self.sources[-1]
 
     def close(self) -> None:
@@ -174,6 +175,11 @@ def open_sources(
         if len(resolved) > MERGE_SOURCES_MAX:
             raise InvalidInputError(f"{len(resolved)} sources are too many: at most {MERGE_SOURCES_MAX}", kind=KIND)
         found = [opener.open(spec, place) for place, spec in enumerate(resolved)]
+        anchors = [spec for spec in resolved if spec.anchor]
+        if len(anchors) > 1:
+            raise InvalidInputError(
+                f"{anchors[1].at}: one checkpoint can be the anchor, found {len(anchors)}", kind=KIND
+            )
         base_spec = None
         if base is not None:
             one = opener.resolve(base)
@@ -240,6 +246,7 @@ class _Opener:
             "place": place,
             "key": spec.key,
             "rename": spec.rename,
+            "anchor": spec.anchor,
         }
         if spec.steps is None:
             which: tuple[str, int | None, str] = (spec.url, None, spec.key)

@@ -30,10 +30,16 @@ class Weights(Linear):
     Args:
         weights: in the order in which the sources are named (those of a range: by step); those of the sources when not given.
         normalize: divide by their sum.
+        divisor: divide by this instead.
     """
 
     weights: tuple[float, ...] | None = None
     normalize: bool = True
+    divisor: float | None = None
+
+    def __post_init__(self) -> None:
+        if self.divisor is not None and not self.divisor > 0:
+            raise InvalidInputError(f"`divisor` must be positive, found {self.divisor}")
 
     def check(self, context: Context) -> None:
         self.coefficients_of(context)
@@ -47,11 +53,11 @@ class Weights(Linear):
         if self.weights is not None and len(self.weights) != num:
             raise InvalidInputError(f"{len(self.weights)} weights are given for {num} sources", kind="wrong-number")
         found = [source.weight if self.weights is None else self.weights[source.place] for source in context.sources]
-        if self.normalize:
+        if self.normalize and self.divisor is None:
             return Coefficients.normalized(found)
         if not any(found):
             raise InvalidInputError("all weights are 0", kind="zero-weights")
-        return Coefficients(weights=tuple(found))
+        return Coefficients(weights=tuple(found), divisor=self.divisor or 1.0)
 
 
 @merge_method("interpolate")
