@@ -107,6 +107,7 @@ def _tell(printer: Printer, found: Found, url: str) -> None:
             "num_evaluated_before": found.num_before,
             **plain(found),
             "sources": list(found.sources),
+            "groups": list(found.groups),
         }
     )
     every = (found.best, *found.others)

@@ -12,7 +12,7 @@ import types
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from ckpt.search.api import open_space, publish_point
+    from ckpt.search.api import OpenSpace, open_space
     from ckpt.search.candidate import Candidate
     from ckpt.search.driver import AskTell, Driver, Proposals, Session, search_driver
     from ckpt.search.plot import plot_front
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 _PLACES = {
     "open_space": "api",
-    "publish_point": "api",
+    "OpenSpace": "api",
     "Candidate": "candidate",
     "AskTell": "driver",
     "Driver": "driver",
@@ -44,6 +44,7 @@ __all__ = [
     "Command",
     "Driver",
     "Found",
+    "OpenSpace",
     "Point",
     "Proposals",
     "Score",
@@ -52,7 +53,6 @@ __all__ = [
     "on_checkpoint",
     "open_space",
     "plot_front",
-    "publish_point",
     "search_driver",
 ]
 

@@ -19,11 +19,12 @@ from ckpt.merge.api import SourceLike, Url, is_recipe, recipe_file
 from ckpt.merge.given import Given, overlaid
 from ckpt.merge.nodes import Node
 from ckpt.merge.recipe import Recipe
+from ckpt.search.candidate import Candidate
 from ckpt.search.document import SearchRecipe, any_method, search_of, sources_alone, with_search
 from ckpt.search.driver import Driver, described, driver_of
 from ckpt.search.log import SUFFIX, SearchLog
-from ckpt.search.memory import Sources
-from ckpt.search.point import Group, Point
+from ckpt.search.memory import Float64Array, Sources
+from ckpt.search.point import Group, Point, Space
 from ckpt.search.problem import Over, Problem, opened_problem
 from ckpt.search.run import Found, Progress, Search, Searcher, finish, publish, with_memory
 from ckpt.search.score import Evaluator, Objective
@@ -170,6 +171,40 @@ def run_search(
         return finish(one, evaluations, num_before, into)
 
 
+class OpenSpace:
+    """A space whose sources are in memory, for loops of one's own: methods that follow a gradient, say. One owner thread."""
+
+    def __init__(self, problem: Problem, sources: Sources) -> None:
+        self._problem, self._sources = problem, sources
+
+    @property
+    def space(self) -> Space:
+        """Its points."""
+        return self._problem.space
+
+    def state_dict(self, point: Point, key: str = "model") -> dict[str, Any]:
+        """The merged tensors under a state key, as `Candidate.state_dict` has them: a copy that may be changed."""
+        tensors = self._sources.merged(self._problem.plan_of(point))
+        return Candidate(number=0, point=point, tensors=tensors).state_dict(key)
+
+    def delta(self, name: str, source: int) -> Float64Array:
+        """A tensor of a source, less that of the base where there is one; the name has its state key."""
+        return self._sources.delta(name, source)
+
+    def pull_back(self, gradients: Mapping[str, Any]) -> Float64Array:
+        """[groups, sources]: the gradient of a loss by merge coefficients, from that by the merged tensors.
+
+        See `Sources.pull_back` in ckpt/search/memory.py.
+        """
+        return self._sources.pull_back(self.space, gradients)
+
+    def publish(self, point: Point, into: Url, *, storage_options: Mapping[str, Any] | None = None) -> int:
+        """Merge a point into a run, as an ordinary checkpoint; its step. AlreadyExistsError when the run has that step."""
+        options = self._problem.options
+        with contextlib.closing(open_store(into, options=options, storage_options=storage_options)) as store:
+            return publish(self._problem.plan_of(point), store, options).step
+
+
 @contextlib.contextmanager
 def open_space(
     sources: SourceLike | Sequence[SourceLike],
@@ -182,35 +217,25 @@ def open_space(
     dtype: str | None = None,
     options: Options | None = None,
     storage_options: Mapping[str, Any] | None = None,
-) -> Iterator[tuple[Problem, Sources]]:
-    """The space of a search and its sources in memory, for loops of one's own: methods that follow a gradient, say.
+) -> Iterator[OpenSpace]:
+    """Read the sources of a search into memory; let go of at the end. Arguments and errors as those of `search`.
 
-    with open_space("runs/tasks@1..4", base="runs/base") as (problem, sources):
-        point = problem.space.mean()
-        tensors = sources.merged(problem.plan_of(point))             # as `Candidate(tensors=...)` wants them
-        direction = sources.pull_back(problem.space, gradients)      # by merge coefficients
+    with open_space("runs/tasks@1..4", base="runs/base") as opened:
+        point = opened.space.mean()
+        state = opened.state_dict(point)
+        direction = opened.pull_back(gradients)      # [groups, sources]
     """
     chosen = config.from_environment(options)
     given = Given(base=None if base is None else _source(base), rules=rules, numerics={"dtype": dtype})
     recipe = any_method(overlaid(_nodes(sources), given, "open_space()"))
-    parts = tuple(
-        Group(name=name, match=(match,) if isinstance(match, str) else tuple(match))
-        for name, match in (groups or {}).items()
-    )
+    parts = tuple(Group(name=name, match=_match(match)) for name, match in (groups or {}).items())
     over = Over(groups=parts, layers=layers, abs_sum_max=abs_sum_max)
     with _opened(recipe, over, chosen, storage_options) as problem, contextlib.closing(Searcher(problem)) as searcher:
-        yield problem, searcher.load(None)
+        yield OpenSpace(problem, searcher.load(None))
 
 
-def publish_point(
-    problem: Problem, point: Point, into: Url, *, storage_options: Mapping[str, Any] | None = None
-) -> int:
-    """Merge a point into a run, as an ordinary checkpoint; its step. AlreadyExistsError when the run has that step."""
-    store = open_store(into, options=problem.options, storage_options=storage_options)
-    try:
-        return publish(problem.plan_of(point), store, problem.options).step
-    finally:
-        store.close()
+def _match(match: str | Sequence[str]) -> tuple[str, ...]:
+    return (match,) if isinstance(match, str) else tuple(match)
 
 
 def _opened(
@@ -223,7 +248,7 @@ def _opened(
 def _groups(groups: Mapping[str, str | Sequence[str]] | None) -> list[dict[str, Any]] | None:
     if not groups:
         return None
-    return [{"name": name, "match": [m] if isinstance(m, str) else list(m)} for name, m in groups.items()]
+    return [{"name": name, "match": list(_match(match))} for name, match in groups.items()]
 
 
 def _nodes(sources: SourceLike | Sequence[SourceLike]) -> Node:

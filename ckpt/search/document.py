@@ -1,7 +1,7 @@
 """A search as a recipe: everything of a merge recipe but its method, and a key `search`.
 
 In: nodes. Out: the recipe, what is searched over, settings, evaluators. Read whole and checked before anything is opened. The
-schema is described in docs/reference/recipe.md. Pure.
+schema is described in docs/how-to/search.md. Pure.
 """
 
 from __future__ import annotations

@@ -118,14 +118,14 @@ class Sources:
         limits = Limits(span_bytes=filled.span.nbytes, unit_bytes=1 << 62, total_bytes=0)
         computer = Computer(plan, limits, lambda bound, unit: {}, self._threads)
         try:
-            made = computer.result(filled).copy()
+            made = computer.result(filled)
         finally:
             computer.close()
         out, at = {}, 0
         for row in rows:
             spec = row.plan.spec
             out[spec.name] = RawTensor(
-                data=made[at : at + row.nbytes], dtype=spec.dtype, shape=spec.shape, aliases=spec.aliases
+                data=made[at : at + row.nbytes].copy(), dtype=spec.dtype, shape=spec.shape, aliases=spec.aliases
             )
             at += row.nbytes
         return out

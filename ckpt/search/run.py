@@ -108,16 +108,20 @@ class Searcher:
         self._parent = scratch
         self._scratch: str | None = None
 
+    def check_memory(self, memory_bytes: int | None) -> None:
+        """BudgetError when the sources do not fit into what is allowed, or into half of what is free."""
+        wanted = nbytes_of(self._problem.reference)
+        allowed = memory_bytes or int(psutil.virtual_memory().available) // MEMORY_FRACTION
+        if wanted > allowed:
+            raise BudgetError(
+                f"all sources in memory take {wanted >> 20} MiB, and may take {allowed >> 20} MiB",
+                hints=("allow more `memory`, or use an evaluator that is given a checkpoint (`on_checkpoint`)",),
+            )
+
     def load(self, memory_bytes: int | None) -> Sources:
         """Read the sources into memory, once. BudgetError when they do not fit; an error names what is not finite."""
         if self._sources is None:
-            wanted = nbytes_of(self._problem.reference)
-            allowed = memory_bytes or int(psutil.virtual_memory().available) // MEMORY_FRACTION
-            if wanted > allowed:
-                raise BudgetError(
-                    f"all sources in memory take {wanted >> 20} MiB, and may take {allowed >> 20} MiB",
-                    hints=("allow more `memory`, or use an evaluator that is given a checkpoint (`on_checkpoint`)",),
-                )
+            self.check_memory(memory_bytes)
             self._sources = Sources(self._problem.reference, self._problem.options)
             self._sources.merged(self._problem.reference)
         return self._sources
@@ -213,6 +217,8 @@ class Search:
 
     def run(self) -> tuple[list[Evaluation], int]:
         """All evaluations, and how many of them were recorded before."""
+        if given(self.evaluator) == "memory":
+            self.searcher.check_memory(self.settings.memory_bytes)
         if self.log is not None:
             self.log.begin(identity(self.problem, self.settings, self.evaluator, self.holdout))
             self._recorded = self.log.evaluations()

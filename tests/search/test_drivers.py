@@ -43,7 +43,7 @@ def test_groups_have_weights_of_their_own(tmp_path: Path) -> None:
     target = {**mixed(sources, (1.0, 0.0, 0.0)), "head": sources[2]["head"]}
     for more in ({"groups": {"head": "head"}}, {"groups": {"rest of it": ["layers.**", "embed.*"]}}, {"layers": 2}):
         found = ckpt.search(
-            tmp_path / "run@0..", evaluator=Near(target), driver="cma_es", budget=150, seed=3, objective="score", **more
+            tmp_path / "run@0..", evaluator=Near(target), driver="cma_es", budget=220, seed=3, objective="score", **more
         )
         rows = found.best.point.array
         wanted = [1, 0, 0], [0, 0, 1]
@@ -53,7 +53,7 @@ def test_groups_have_weights_of_their_own(tmp_path: Path) -> None:
         if expected is None:  # layers.0, layers.1, and the rest, in which head and embed pull apart
             assert rows.shape == (3, 3) and np.abs(rows[:2] - wanted[0]).max() < 0.2
         else:
-            assert np.abs(rows - expected).max() < 0.1
+            assert np.abs(rows - expected).max() < 0.15
 
 
 def test_with_a_base_weights_are_of_changes_and_free(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 import os
@@ -22,12 +23,21 @@ import torch
 
 import ckpt
 from ckpt.cli import run as run_command
-from ckpt.errors import AlreadyExistsError, CheckpointError, InvalidInputError, MismatchError
+from ckpt.config import Options
+from ckpt.errors import AlreadyExistsError, CheckpointError, DamagedError, InvalidInputError, MismatchError
 from ckpt.search import Candidate, Command, Driver, Proposals, Session, on_checkpoint
+from ckpt.search.document import any_method, sources_alone
 from ckpt.search.drivers.greedy import GreedySoup
-from ckpt.search.score import evaluate
+from ckpt.search.log import Evaluation, SearchLog
+from ckpt.search.memory import range_products
+from ckpt.search.point import Point
+from ckpt.search.problem import Over, opened_problem
+from ckpt.search.score import Score, evaluate
+from ckpt.store.posix import PosixStore
+from tests.cli.conftest import check_schema
 from tests.merge.samples import bits, opened, random_arrays, save
 from tests.search.samples import EVALUATOR, OPTIMUM, SHAPES, Near, distance, mixed, points, save_sources
+from tests.servers import S3Server
 
 DEADLINE_S = 100.0
 
@@ -189,6 +199,7 @@ def test_command_line_prints_a_table_and_leaves_no_candidates(
     assert opened(tmp_path / "out", step=77)
     assert run_command([*words, "--json"]) == 0  # again: nothing is scored
     document = json.loads(capsys.readouterr().out)
+    check_schema(document, "search")
     assert document["best"]["metrics"].keys() == {"score"} and document["num_evaluated_before"] == 5
 
 
@@ -332,7 +343,7 @@ def test_what_cannot_be_is_refused_before_anything_is_scored_or_written(
     given = {"sources": "run@0..", "into": "out", "evaluator": near, "driver": "cma_es", "budget": 10, **more}
     with pytest.raises(CheckpointError, match=message):
         ckpt.search(**given)
-    assert near.calls == 0 and not Path("out").exists() and not list(Path().glob("out.search/*/evaluations"))
+    assert near.calls == 0 and [path.name for path in tmp_path.iterdir()] == ["run"]
 
 
 @pytest.mark.parametrize(
@@ -364,3 +375,81 @@ def test_metric_must_be_named_where_there_are_several(tmp_path: Path) -> None:
                 objective=objective,
             )  # fmt: skip
         assert caught.value.kind == "no-objective"
+
+
+@pytest.mark.parametrize("base", [None, 10])
+def test_pull_back_is_the_gradient_by_the_weights(tmp_path: Path, base: int | None) -> None:
+    sources = save_sources(tmp_path / "run")
+    target = mixed(sources, (0.3, 0.3, 0.9))
+    chosen = ["run@20", "run@30"] if base else ["run@10", "run@20", "run@30"]
+    with ckpt.search.open_space(
+        [f"{tmp_path}/{one}" for one in chosen], base=f"{tmp_path}/run@10" if base else None, layers=2, dtype="float64"
+    ) as opened:
+
+        def loss(weights: Any) -> torch.Tensor:
+            state = {n: t.requires_grad_() for n, t in opened.state_dict(opened.space.point(weights)).items()}
+            total = sum(((state[n] - torch.from_numpy(target[n])) ** 2).sum() for n in target)
+            assert isinstance(total, torch.Tensor)
+            total.backward()
+            gradients.update({f"model/{n}": t.grad for n, t in state.items()})
+            return total.detach()
+
+        gradients: dict[str, Any] = {}
+        start = opened.space.mean().array
+        loss(start)
+        found = opened.pull_back(gradients)
+        for group, source in np.ndindex(*start.shape):  # a quadratic: central differences are exact
+            step = np.zeros_like(start)
+            step[group, source] = 0.5
+            ahead, behind = (float(loss(start + sign * step)) for sign in (1, -1))
+            assert found[group, source] == pytest.approx(ahead - behind, rel=1e-9, abs=1e-9)
+
+
+def test_products_of_ranges_are_those_of_the_elements(tmp_path: Path) -> None:
+    sources = save_sources(tmp_path / "run")
+    flat = np.stack([np.concatenate([s[n].reshape(-1) for n in sorted(s)]) for s in sources]).astype(np.float64)
+    recipe = any_method(sources_alone([f"{tmp_path}/run@0.."], "test"))
+    with opened_problem(recipe, Over(), Options()) as problem:
+        stops = [1, 40, 41, 90, flat.shape[1]]
+        found = range_products(problem.reference, problem.space, stops)
+        parts = np.split(flat, stops[:-1], axis=1)
+        np.testing.assert_allclose(found, [part @ part.T for part in parts], rtol=1e-12)
+        assert problem.space.splits == tuple(range(1, flat.shape[1] + 1))
+
+
+def test_state_is_written_by_one_search_and_damage_is_named(tmp_path: Path) -> None:
+    store = PosixStore(tmp_path, options=Options())
+    log = SearchLog(store, 7)
+    one = Evaluation(
+        number=0, point=Point(rows=((0.1, 0.9),), stops=(5,)), score=Score(metrics={"a": 1.0}), seconds=0.5
+    )
+    log.add(one)
+    assert log.evaluations() == [one]
+    with pytest.raises(AlreadyExistsError, match="another search"):
+        SearchLog(store, 7).add(dataclasses.replace(one, seconds=0.25))
+    log.add(dataclasses.replace(one, number=2))
+    with pytest.raises(DamagedError, match="evaluation 1 .* is missing"):
+        log.evaluations()
+    file = tmp_path / "step-000000000007" / "evaluations" / "000000.json"
+    for text in ("{", "[]", '{"number": 0}'):
+        file.write_text(text)
+        with pytest.raises(DamagedError, match="000000.json"):
+            log.evaluations()
+
+
+@pytest.mark.s3
+def test_output_and_state_on_an_object_store(
+    tmp_path: Path, moto_s3: S3Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, value in moto_s3.environment.items():
+        monkeypatch.setenv(name, value)
+    near = Near(mixed(save_sources(tmp_path / "run"), OPTIMUM))
+    out = moto_s3.url(f"{tmp_path.name}/out")
+
+    def search() -> Any:
+        return ckpt.search(tmp_path / "run@0..", out, evaluator=near, driver="greedy", budget=5, references=False)
+
+    first = search()
+    assert near.calls == 5 and search().best == first.best and near.calls == 5
+    with ckpt.open(out) as made:
+        assert made.step == 30
