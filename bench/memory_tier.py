@@ -9,11 +9,13 @@ the same bytes; and the memory of the agents (PSS) beside the stated budget. Eve
 from __future__ import annotations
 
 import argparse
+import contextlib
 import os
 import shutil
 import signal
 import statistics
 import time
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -52,6 +54,13 @@ _MEMORY = Path("/dev/shm")  # noqa: S108 - where agents keep snapshots
 
 def body(rank: Rank, size: dict[str, int], repeats: int) -> dict[str, Any]:
     """One rank, one node."""
+    with node_folders(rank):
+        return _measure_all(rank, size, repeats)
+
+
+@contextlib.contextmanager
+def node_folders(rank: Rank) -> Iterator[tuple[Path, Path]]:
+    """Make this process a node of its own: (runtime folder, memory folder), gone afterwards with the agents that live there."""
     node = f"bench-{os.getppid()}-{rank.rank}"
     runtime, memory = Path("/tmp") / node, _MEMORY / node  # noqa: S108 - sockets want short paths
     runtime.mkdir(mode=0o700)
@@ -62,12 +71,18 @@ def body(rank: Rank, size: dict[str, int], repeats: int) -> dict[str, Any]:
         "CKPT_AGENT_MEMORY_FOLDER": str(memory),
     }
     try:
-        return _measure_all(rank, size, repeats)
+        yield runtime, memory
     finally:
-        for pid in _agents(runtime):
+        for pid in agents_below(runtime):
             os.kill(pid, signal.SIGKILL)
         shutil.rmtree(runtime, ignore_errors=True)
         shutil.rmtree(memory, ignore_errors=True)
+
+
+def remove_nodes() -> None:
+    """Folders of ranks of this benchmark that were killed."""
+    for left in (*_MEMORY.glob(f"bench-{os.getpid()}-*"), *Path("/tmp").glob(f"bench-{os.getpid()}-*")):  # noqa: S108
+        shutil.rmtree(left, ignore_errors=True)
 
 
 def _measure_all(rank: Rank, size: dict[str, int], repeats: int) -> dict[str, Any]:
@@ -92,7 +107,7 @@ def _checkpointer(url: Path) -> ckpt.Checkpointer:
     return ckpt.Checkpointer(url, every=1 << 40, memory=memory)
 
 
-def _agents(runtime: Path) -> list[int]:
+def agents_below(runtime: Path) -> list[int]:
     """Process ids of the agents that have their sockets below `runtime`."""
     found = []
     for process in psutil.process_iter(["pid", "cmdline", "environ"]):
@@ -103,7 +118,7 @@ def _agents(runtime: Path) -> list[int]:
 
 
 def _agent() -> psutil.Process:
-    (pid,) = _agents(Path(os.environ["CKPT_AGENT_RUNTIME_FOLDER"]))
+    (pid,) = agents_below(Path(os.environ["CKPT_AGENT_RUNTIME_FOLDER"]))
     return psutil.Process(pid)
 
 
@@ -289,7 +304,7 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
 
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
-    size, repeats = {"layers": 6, "width": 768}, args.repeats
+    size, repeats = {"layers": 12, "width": 768}, args.repeats
     if args.tiny:
         size, repeats = {"layers": 1, "width": 64, "vocabulary": 2570}, 1
     options.check_space(args.dir, 3 * nbytes(gpt_shapes(**size)))
@@ -297,8 +312,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         try:
             found = run_ranks(body, RANKS, folder, size=size, repeats=repeats)
         finally:
-            for left in (*_MEMORY.glob(f"bench-{os.getpid()}-*"), *Path("/tmp").glob(f"bench-{os.getpid()}-*")):  # noqa: S108
-                shutil.rmtree(left, ignore_errors=True)  # of ranks that were killed
+            remove_nodes()
         made = options.report("memory_tier", folder, {**size, "ranks": RANKS, "repeats": repeats}, {})
     median = {name: statistics.median(x) for name, x in found.items() if isinstance(x, list)}
     made["results"] = found | {"median": median}

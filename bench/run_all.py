@@ -27,6 +27,10 @@ BENCHMARKS = (
     "s3",
     "erasure",
     "transport",
+    "merge",
+    "memory_tier",
+    "memory_pace",
+    "agent_memory",
 )
 TIMEOUT_S = 2 * 3600.0
 

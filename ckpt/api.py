@@ -320,6 +320,7 @@ class Checkpointer:
         which. Also gets ready for the first save, as `prepare` does, and protects the restored state in the agents' memory.
         """
         self.restored = restore(self._run, self._tier, state, self._layout, strict=strict, rename=rename)
+        self._run.resume()
         self.prepare(state)
         if self.restored is None:
             return None

@@ -85,7 +85,8 @@ class Options:
     agent_lease_s: float = 600.0  # an agent without a trainer stops after that; a dead one's memory is kept as long
     agent_heartbeat_s: float = 5.0  # an agent marks its memory as in use so often
     agent_start_timeout_s: float = 60.0  # until a started agent answers
-    agent_call_timeout_s: float = 60.0  # one request of a trainer to its agent
+    agent_begin_timeout_s: float = 1.0  # the training waits so long for its agent's memory, then goes on without
+    agent_call_timeout_s: float = 30.0  # one request of a trainer to its agent
     agent_message_timeout_s: float = 10.0  # from the first byte of a message on the local socket to its last
     agent_message_bytes_max: int = MIB  # one message on the local socket
     agent_connections_max: int = 64  # at a time, to one agent
@@ -138,6 +139,8 @@ class Memory:
         parity: members of a group that may be lost at once.
         group_size: members of a group, about: groups differ by one where the world does not divide.
         address: of this node's interface that agents listen on; the one that leads to MASTER_ADDR when None.
+        topology: a YAML file that says which failure domain each host is in, `host: domain`; the variable
+            `CKPT_TOPOLOGY_FILE` names one, too. `CKPT_FAILURE_DOMAIN` on a host wins over it.
     """
 
     every: int | Literal["auto"] = "auto"
@@ -145,6 +148,7 @@ class Memory:
     parity: int = 1
     group_size: int = 8
     address: str | None = None
+    topology: str | os.PathLike[str] | None = None
 
     def __post_init__(self) -> None:
         if self.every != "auto" and (type(self.every) is not int or self.every < 1):
@@ -283,6 +287,9 @@ AGENT_RECORD_BYTES_MAX = 256 * KIB  # of the record at the end of a segment: the
 AGENT_SEGMENTS_MAX = 16  # of one agent; `AGENT_MESSAGE_FDS_MAX` of them fit into one answer
 AGENT_LOG_PART_BYTES = MIB  # one file of an agent's log; there are two
 AGENT_LOG_KEEP_S = 7 * 86400.0  # logs of agents that are gone are removed after that
+AGENT_LOOK_S = (
+    60.0  # what an agent found whole need not be looked at again before a job starts; its load looks once more
+)
 AGENT_HOLD_S_MAX = 3600.0  # somebody who reads what an agent holds may keep it from ending for so long at a time
 AGENT_ADDRESSES_MAX = 4096  # that an agent is told when it joins; larger worlds: of its own group and one of each other
 AGENT_POPULATE_BYTES = 64 * MIB  # of one step of a first touch, so that other threads get their turn

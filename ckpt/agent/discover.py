@@ -36,18 +36,27 @@ class Found:
     pss_bytes: int | None = None  # its memory, shared pages counted by share; None where the system does not tell
 
 
-def agents(options: Options, *, run_id: uuid.UUID | None = None, rank: int | None = None) -> list[Found]:
+def agents(
+    options: Options,
+    *,
+    run_id: uuid.UUID | None = None,
+    rank: int | None = None,
+    first_rank: int = 0,
+    sizes: bool = True,
+) -> list[Found]:
     """Those of this user, by run and rank.
 
     Args:
         run_id: of this run only.
         rank: this one only.
+        first_rank: none below; nobody asks them.
+        sizes: also tell `pss_bytes`, which takes some 10 ms of an agent with gigabytes.
     """
     found = []
     for where in _listening(options):
         identity = Identity(run_id=uuid.UUID(hex=where.folder.name), rank=where.rank, world=where.rank + 1)
-        if run_id in (None, identity.run_id) and rank in (None, identity.rank):
-            one = _ask(identity, where, options)
+        if run_id in (None, identity.run_id) and rank in (None, identity.rank) and identity.rank >= first_rank:
+            one = _ask(identity, where, options, sizes=sizes)
             if one is not None:
                 found.append(one)
     return sorted(found, key=lambda one: (one.identity.run_id.hex, one.identity.rank))
@@ -90,7 +99,7 @@ def _inside(folder: Path) -> list[Path]:
         return []
 
 
-def _ask(identity: Identity, where: Places, options: Options) -> Found | None:
+def _ask(identity: Identity, where: Places, options: Options, *, sizes: bool) -> Found | None:
     """None: the socket of an agent that is dead."""
     try:
         client = connect(where.socket, identity, options, role="observer", timeout_s=_ASK_S)
@@ -106,7 +115,8 @@ def _ask(identity: Identity, where: Places, options: Options) -> Found | None:
         )
     except CheckpointError as error:
         return Found(identity=identity, places=where, status=None, error=error.message)
-    return Found(identity=identity, places=where, status=status, pss_bytes=_pss_bytes(status["pid"]))
+    pss_bytes = _pss_bytes(status["pid"]) if sizes else None
+    return Found(identity=identity, places=where, status=status, pss_bytes=pss_bytes)
 
 
 def _pss_bytes(pid: int) -> int | None:

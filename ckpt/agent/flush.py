@@ -133,6 +133,13 @@ class Flush:
             time.sleep(0.005)
         return {"given_up": sum(one.state == "failed" for one in others)}
 
+    def give_up_later(self, step: int) -> None:
+        """Those of later steps than the one that the job goes on from: they are of a course that it has left."""
+        with self._lock:
+            later = [one for of, one in self._outcomes.items() if of[0] > step and one.state == "running"]
+        for one in later:
+            one.given_up.set()
+
     def stop(self, deadline: float) -> None:
         """Finish what is under way until `deadline`, then abandon it: what lies there no reader takes for a checkpoint."""
         while time.monotonic() < deadline and any(one.state == "running" for one in list(self._outcomes.values())):

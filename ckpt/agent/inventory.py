@@ -16,6 +16,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from ckpt.agent.memo import Chosen
+from ckpt.agent.stripes import Stripes
 from ckpt.errors import InvalidInputError
 
 MEMBERS_MAX = 64  # of a group; what the native coder takes
@@ -34,6 +36,7 @@ class Card:
     crc32c: int  # of the blob
     members: tuple[int, ...]  # ranks of the group, in order
     parity: int  # members that may be lost
+    epoch: int = 0  # of the start of the job that saved it
 
     def __post_init__(self) -> None:
         if not 0 <= self.rank < self.world or self.rank not in self.members or len(self.members) > MEMBERS_MAX:
@@ -56,8 +59,9 @@ class Card:
     def from_fields(cls, fields: Any) -> Card:
         """The card of JSON; InvalidInputError when it is none."""
         names = {field.name: field for field in dataclasses.fields(cls)}
-        if not isinstance(fields, dict) or set(fields) != set(names):
+        if not isinstance(fields, dict) or {"epoch", *fields} != set(names):
             raise InvalidInputError(f"not a card: {fields!r}")
+        fields = {"epoch": 0, **fields}  # of an agent that does not tell
         members = fields["members"]
         whole = {name for name in names if name not in ("attempt", "members")}
         if any(type(fields[name]) is not int for name in whole) or not isinstance(fields["attempt"], str):
@@ -106,6 +110,7 @@ class Inventory:
     address: str  # of the agent, as its peers reach it; equal for nobody else
     blobs: tuple[Card, ...] = ()
     parities: tuple[Parity, ...] = ()
+    chosen: Chosen | None = None  # what the job went on from when it started last, as this agent knows
 
     def fields(self) -> dict[str, Any]:
         """As JSON."""
@@ -113,17 +118,19 @@ class Inventory:
             "address": self.address,
             "blobs": [card.fields() for card in self.blobs],
             "parities": [parity.fields() for parity in self.parities],
+            "chosen": None if self.chosen is None else self.chosen.fields(),
         }
 
     @classmethod
     def from_fields(cls, fields: Any) -> Inventory:
         """The inventory of JSON; InvalidInputError when it is none."""
-        if not isinstance(fields, dict) or set(fields) != {"address", "blobs", "parities"}:
+        if not isinstance(fields, dict) or {"chosen", *fields} != {"address", "blobs", "parities", "chosen"}:
             raise InvalidInputError("not an inventory")
         return cls(
             address=str(fields["address"]),
             blobs=tuple(Card.from_fields(card) for card in fields["blobs"]),
             parities=tuple(Parity.from_fields(parity) for parity in fields["parities"]),
+            chosen=Chosen.of(fields.get("chosen")),
         )
 
 
@@ -197,7 +204,10 @@ class Candidate:
 
 
 def candidates(inventories: Sequence[Inventory]) -> list[Candidate]:
-    """All snapshots of which anything is left, the newest step first; of one step, the one that more ranks hold first."""
+    """All snapshots of which anything is left, the newest step first; of one step, the one that more ranks hold first.
+
+    Those that the job had passed over when it started last are left out.
+    """
     cards: dict[tuple[int, str, int], dict[int, Card]] = defaultdict(dict)
     blobs: dict[tuple[int, str, int], dict[int, str]] = defaultdict(dict)
     parities: dict[tuple[int, str, int], dict[int, tuple[str, Parity]]] = defaultdict(dict)
@@ -212,13 +222,32 @@ def candidates(inventories: Sequence[Inventory]) -> list[Candidate]:
         for _, parity in found.values():
             for card in parity.cards:
                 cards[of].setdefault(card.rank, card)
-    out = [_candidate(of, cards[of], blobs[of], parities[of]) for of in cards]
+    chosen = max((one.chosen for one in inventories if one.chosen is not None), key=_order, default=None)
+    out = [_candidate(of, cards[of], blobs[of], parities[of]) for of in cards if _counts(cards[of], chosen)]
     return sorted(out, key=lambda one: (-one.step, len(one.lost), one.attempt))
+
+
+def _order(chosen: Chosen) -> tuple[int, int, str]:
+    return chosen.epoch, chosen.step, chosen.attempt
+
+
+def _counts(cards: Mapping[int, Card], chosen: Chosen | None) -> bool:
+    """Whether a snapshot is of the course that the job took: what it has passed over once must not come back, with a node that
+    was away when all others dropped it, say."""
+    card = next(iter(cards.values()))
+    return chosen is None or card.epoch >= chosen.epoch or (card.step, card.attempt) == (chosen.step, chosen.attempt)
 
 
 def newest(inventories: Sequence[Inventory]) -> Candidate | None:
     """The newest snapshot that can be had back whole."""
     return next((one for one in candidates(inventories) if one.recoverable), None)
+
+
+def _is_cut_alike(parity: Parity) -> bool:
+    """Whether parity was made of blocks as this program cuts them."""
+    cards = parity.cards
+    stripes = Stripes(image_nbytes=tuple(card.blob_bytes for card in cards), num_parity=cards[0].parity)
+    return parity.block_bytes == stripes.block_bytes
 
 
 def _candidate(
@@ -238,7 +267,9 @@ def _candidate(
             continue
         # Parity counts only if it was made of the very blobs whose cards these are.
         made = {
-            place: parities[m] for place, m in enumerate(members) if m in parities and parities[m][1].cards == of_group
+            place: parities[m]
+            for place, m in enumerate(members)
+            if m in parities and parities[m][1].cards == of_group and _is_cut_alike(parities[m][1])
         }
         groups.append(
             Group(

@@ -7,6 +7,7 @@ that was forked has neither the connection nor the memory.
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import mmap
 import os
@@ -102,6 +103,7 @@ class Client:
         self._lock = threading.Lock()
         self._ids = itertools.count(1)
         self._pid = os.getpid()
+        self._agent_pid = wire.peer_of(connection).pid
         self.agent: dict[str, Any] = {}  # what the agent said of itself: pid, incarnation, epoch, protocol
         _clients.add(self)
 
@@ -110,10 +112,11 @@ class Client:
         """Whether the agent can still be asked: False after an error in the connection, and after `close`."""
         return self._connection is not None
 
-    def hello(self, *, epoch: int, role: Role) -> None:
+    def hello(self, *, epoch: int, role: Role, timeout_s: float | None = None) -> None:
         """Say who this is; AgentError with the reason where the agent wants somebody else."""
         mine = {"run_id": self.identity.run_id.hex, "rank": self.identity.rank, "world": self.identity.world}
-        self.agent, _ = self.call("hello", {**mine, "protocol": list(PROTOCOL), "epoch": epoch, "role": role})
+        said = {**mine, "protocol": list(PROTOCOL), "epoch": epoch, "role": role}
+        self.agent, _ = self.call("hello", said, timeout_s=timeout_s)
 
     def call(
         self,
@@ -221,6 +224,23 @@ class Client:
         self.call("bye")
         self.close()
 
+    @property
+    def agent_pid(self) -> int:
+        """The process that listens, as the kernel says; 0 where it cannot be seen from here."""
+        return self._agent_pid
+
+    def drop(self) -> None:
+        """End the connection at once, whoever waits for an answer on it: `agent-gone` for them. Any thread."""
+        connection = self._connection
+        if connection is not None:
+            with contextlib.suppress(OSError):
+                connection.shutdown(socket.SHUT_RDWR)
+        if self._lock.acquire(timeout=1.0):
+            try:
+                self._drop()
+            finally:
+                self._lock.release()
+
     def close(self) -> None:
         """Leave; the agent stays, until its lease is over. Memory that is still mapped must not be written any more."""
         with self._lock:
@@ -263,6 +283,9 @@ def connect(
     except (FileNotFoundError, ConnectionRefusedError, NotADirectoryError):
         connection.close()
         raise AgentError(f"no agent listens at `{path}`", kind="no-agent") from None
+    except TimeoutError:
+        connection.close()
+        raise AgentError(f"the agent at `{path}` did not answer in time", kind="timeout") from None
     except OSError as error:
         connection.close()
         raise AgentError(f"the agent at `{path}` cannot be reached: {error}", kind="agent-gone") from error
@@ -271,7 +294,7 @@ def connect(
         raise AgentError(f"who listens at `{path}` is user {uid}, not {os.geteuid()}", kind="other-user")
     client = Client(connection, identity, options)
     try:
-        client.hello(epoch=epoch, role=role)
+        client.hello(epoch=epoch, role=role, timeout_s=timeout_s)
     except BaseException:
         client._drop()
         raise

@@ -7,7 +7,6 @@ the one before is kept until then. Never pushes a byte to a peer, never calls th
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import os
 import threading
@@ -16,7 +15,7 @@ from collections import OrderedDict
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from typing import Any, TypeVar
+from typing import Any
 
 from ckpt import failpoints
 from ckpt.agent import blob, protect, segments
@@ -24,9 +23,11 @@ from ckpt.agent.ballots import Ballots
 from ckpt.agent.flush import Flush
 from ckpt.agent.header import State
 from ckpt.agent.identity import parity_folder
-from ckpt.agent.inventory import Card, Inventory, Parity
+from ckpt.agent.inventory import Card, Parity
+from ckpt.agent.look import Look
+from ckpt.agent.memo import Chosen
+from ckpt.agent.pieces import Pieces
 from ckpt.agent.process import Agent
-from ckpt.agent.segments import Segment
 from ckpt.agent.server import Call
 from ckpt.agent.slots import Slots, describe
 from ckpt.agent.transport.client import Peer
@@ -34,16 +35,13 @@ from ckpt.agent.transport.credentials import SECRET_BYTES, Credentials
 from ckpt.agent.transport.server import Server, is_free
 from ckpt.agent.transport.wire import Key, is_seconds
 from ckpt.config import AGENT_HOLD_S_MAX
-from ckpt.errors import AgentError, CheckpointError, DamagedError, InvalidInputError, PeerError, first_line
+from ckpt.errors import AgentError, CheckpointError, InvalidInputError, PeerError, first_line
 from ckpt.kernels import crc32c
 
 _KEPT = 16  # snapshots of which an agent remembers how far they are, and which will not come
 _VOTE_S = (0.005, 0.25)  # between two questions whether all have voted: at first, and at most
 _TELL_S = 2.0  # for a word to a peer that must not hold up anything
 _TELLERS = 16  # such words at a time
-
-
-_Record = TypeVar("_Record")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -79,6 +77,8 @@ class Member:
         self._progress: OrderedDict[tuple[int, str], _Progress] = OrderedDict()
         self._ballots = Ballots(self._is_protected, self._mark_protected)
         self._missed: OrderedDict[tuple[int, str], str] = OrderedDict()  # what will not come here, and why
+        self._pieces: dict[str, tuple[int, Pieces]] = {}  # segment -> generation of the blob, and its checksums
+        self._newest = ("", -1)  # attempt that the trainer asked memory for last: its session and number
         self._untold: set[int] = set()  # ranks that do not know where this agent is now
         self._stopping = threading.Event()
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="ckpt-protect")
@@ -94,6 +94,7 @@ class Member:
         self._abandon_image = agent.server.handlers["abandon"]
         agent.slots.complete = State.PROTECTED
         self._flush = Flush(agent)
+        self._look = Look(agent, self._parity, lambda: "" if self._server is None else self._server.address)
         handlers = {
             "meet": self._meet,
             "listen": self._listen,
@@ -104,13 +105,14 @@ class Member:
             "keep": self._keep,
             "progress": self._tell_progress,
             "choose": self._choose,
-            "inventory": lambda call: self.inventory().fields(),
+            "inventory": lambda call: self._look.inventory(fresh=call.params.get("fresh") is not False).fields(),
             "flush": self._flush.begin,
             "flushes": self._flush.running,
             "settle": self._flush.settle,
             "stored": self._flush.stored,
         }
         agent.server.handlers.update(handlers)
+        agent.on_loss.append(self._look.ahead)
         agent.server.open_methods |= {"flushes", "settle", "meet", "inventory"}
 
     def stop(self, deadline: float) -> None:
@@ -245,6 +247,7 @@ class Member:
         """As in methods.py; what was sealed and never protected makes way."""
         step, attempt, session = call.integer("step"), call.text("attempt"), call.session
         slots = self._agent.slots
+        self._note(attempt)
         self._drop_failed(slots)
         try:
             segment = slots.begin(step=step, attempt=attempt, epoch=session.epoch, world=session.world)
@@ -263,6 +266,7 @@ class Member:
 
     def _pass_over(self, call: Call) -> dict[str, Any]:
         """The trainer has no image of this step for its agent."""
+        self._note(call.text("attempt"))
         self._miss(call.integer("step"), call.text("attempt"), "the trainer passed it over")
         return {}
 
@@ -272,6 +276,21 @@ class Member:
             self._missed[step, attempt] = why
             while len(self._missed) > _KEPT:
                 self._missed.popitem(last=False)
+
+    def _note(self, attempt: str) -> None:
+        """The trainer has come to this attempt. It has been at all earlier ones of its session, whether it told or not."""
+        session, _, number = attempt.rpartition("-")
+        if number.isdecimal():
+            self._newest = session, int(number)
+
+    def _why_missed(self, step: int, attempt: str) -> str:
+        """Why a snapshot that is not held will not come; nothing while it may."""
+        found = self._missed.get((step, attempt), "")
+        session, _, number = attempt.rpartition("-")
+        is_past = session == self._newest[0] and number.isdecimal() and int(number) < self._newest[1]
+        if found or not is_past or any((h.step, h.attempt) == (step, attempt) for h in self._agent.slots.headers()):
+            return found
+        return "the trainer has gone on to a later one"
 
     def _drop_failed(self, slots: Slots) -> None:
         """Sealed snapshots whose protection has failed, but for the newest whole one: it may be all that is left."""
@@ -296,7 +315,7 @@ class Member:
             memory = segment.payload()
             if blob_bytes > len(memory):
                 raise InvalidInputError(f"a blob of {blob_bytes:,} bytes in a segment of {len(memory):,}")
-            crc = crc32c(memory[:blob_bytes])
+            pieces = Pieces(memory[:blob_bytes])
             card = Card(
                 rank=membership.rank,
                 world=membership.world,
@@ -304,12 +323,14 @@ class Member:
                 attempt=segment.header.attempt,
                 image_bytes=image_bytes,
                 blob_bytes=blob_bytes,
-                crc32c=crc,
+                crc32c=pieces.crc,
                 members=membership.members,
                 parity=membership.parity,
+                epoch=segment.header.epoch,
             )
-            total, crc = blob.end_payload(memory, blob_bytes, crc, card.fields())
+            total, crc = blob.end_payload(memory, blob_bytes, card.crc32c, card.fields())
             of = (card.step, card.attempt)
+            self._pieces[name] = generation, pieces
             with self._lock:  # before it is sealed: what is sealed and not on its way makes way for others
                 self._progress[of] = _Progress(changed=bool(call.params.get("changed")))
                 while len(self._progress) > _KEPT:
@@ -330,6 +351,9 @@ class Member:
         """The job goes on from this snapshot, or (no step) from none. All others must neither stand in the way nor come back."""
         nothing = call.params.get("step") is None
         of = None if nothing else (call.integer("step"), call.text("attempt"))
+        step, attempt = (-1, "") if of is None else of
+        # First of all, so that whoever comes after a crash in between knows what does not count.
+        self._agent.memo.change(chosen=Chosen(epoch=call.session.epoch, step=step, attempt=attempt))
         with self._lock:
             for slots in (self._agent.slots, self._parity):
                 for name, header in slots.by_name().items():
@@ -337,6 +361,8 @@ class Member:
                         slots.discard(name, header.generation)
                     elif header.state is State.SEALED:
                         slots.protect(name, header.generation)
+        if call.params.get("goes_on_from") is not None:
+            self._flush.give_up_later(call.integer("goes_on_from", low=-1))
         self._agent.log.tell("chosen", step=None if of is None else of[0], attempt=None if of is None else of[1])
         return {}
 
@@ -512,6 +538,14 @@ class Member:
                 return segment.payload()[found].toreadonly()
         return None
 
+    def checksum(self, key: Key, start: int, stop: int) -> int | None:
+        """What a range of a blob had when it was sealed; None where that is not known."""
+        for name, header in self._agent.slots.by_name().items() if key.kind == "image" else ():
+            generation, pieces = self._pieces.get(name, (-1, None))
+            if (header.step, header.attempt, header.generation) == (key.step, key.attempt, generation) and pieces:
+                return pieces.crc_of(start, stop)
+        return None
+
     def _part(self, record: dict[str, Any], nbytes: int, key: Key) -> slice | None:
         if key.kind == "image":
             return slice(0, nbytes) if Card.from_fields(record).rank == key.rank else None
@@ -526,14 +560,14 @@ class Member:
         """The answer to a peer."""
         if name == "card":
             step, attempt = int(payload["step"]), str(payload["attempt"])
-            return {"card": self._card(step, attempt), "missed": self._missed.get((step, attempt), "")}
+            return {"card": self._card(step, attempt), "missed": self._why_missed(step, attempt)}
         if name == "moved":
             self._moved(int(payload["rank"]), str(payload["address"]))
             return {}
         if name == "vote":
             return self._count(payload)
         if name == "inventory":
-            return self.inventory().fields()
+            return self._look.inventory(fresh=True).fields()
         if name == "known":
             return self.known()
         if name == "hold":
@@ -546,39 +580,6 @@ class Member:
             if header.is_complete and (header.step, header.attempt) == (step, attempt):
                 return blob.read_record(segment.payload()[: header.image_bytes], what=f"segment `{segment.name}`")[0]
         return None
-
-    def inventory(self) -> Inventory:
-        """What is whole here: every byte is looked at, and what is damaged is dropped and told in the log."""
-        blobs, parities = [], []
-        for segment in self._agent.slots.all():
-            record = self._record(self._agent.slots, segment, Card.from_fields)
-            blobs += [] if record is None else [record]
-        for segment in self._parity.all():
-            made = self._record(self._parity, segment, Parity.from_fields)
-            parities += [] if made is None else [made]
-        address = "" if self._server is None else self._server.address
-        return Inventory(address=address, blobs=tuple(blobs), parities=tuple(parities))
-
-    def _record(self, slots: Slots, segment: Segment, parse: Callable[[Any], _Record]) -> _Record | None:
-        """What a segment holds; None when that is nothing whole. What was written over meanwhile is not damaged."""
-        header = segment.header
-        if not header.is_complete:
-            return None
-        try:
-            if not segment.is_whole:
-                raise DamagedError(f"the checksum of segment `{segment.name}` is wrong", kind="bad-checksum")
-            found = parse(
-                blob.read_record(segment.payload()[: header.image_bytes], what=f"segment `{segment.name}`")[0]
-            )
-            now = segment.header
-            return found if now.is_complete and now.generation == header.generation else None
-        except CheckpointError as error:
-            now = segment.header
-            if now.generation == header.generation and now.is_complete:
-                self._agent.log.tell("damaged", step=header.step, segment=segment.name, error=error.message)
-                with contextlib.suppress(AgentError):  # begun anew since that look
-                    slots.discard(segment.name, header.generation)
-            return None
 
 
 def _hold_s(payload: dict[str, Any]) -> float:

@@ -11,14 +11,13 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import fcntl
-import json
 import os
 import resource
 import signal
 import socket
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from types import FrameType
 from typing import Any, Protocol
@@ -27,6 +26,7 @@ from ckpt.agent import methods, segments
 from ckpt.agent.admission import Admission, Session
 from ckpt.agent.identity import Identity, Places, memory_folder, parity_folder, places, private_folders, runtime_folders
 from ckpt.agent.log import AgentLog
+from ckpt.agent.memo import Memo, MemoFile
 from ckpt.agent.server import Server
 from ckpt.agent.slots import Slots
 from ckpt.config import AGENT_LOG_KEEP_S, Options
@@ -58,6 +58,8 @@ class Agent:
     admission: Admission
     slots: Slots
     log: AgentLog
+    memo: MemoFile
+    on_loss: list[Callable[[], None]]  # called when the trainer is gone; must not wait
     more_slots: list[Slots] = dataclasses.field(default_factory=list)  # of plugins; complete when `start` returns
 
 
@@ -79,31 +81,33 @@ def run(
 def _live(
     identity: Identity, options: Options, where: Places, plugins: Sequence[Plugin], on_ready: Callable[[], None]
 ) -> str:
-    state = read_state(where)
-    incarnation = max(state["incarnation"] + 1, time.time_ns() // 10**6)
+    before = Memo.read(where.state)
+    incarnation = max(before.incarnation + 1, time.time_ns() // 10**6)
     identity = dataclasses.replace(identity, incarnation=incarnation)
-    _write_state(where, incarnation=incarnation, epoch=state["epoch"])
+    memo = MemoFile(where.state, dataclasses.replace(before, incarnation=incarnation))
     log = AgentLog(where.log)
     log.tell("started", run=str(identity.run_id), rank=identity.rank, world=identity.world, incarnation=incarnation)
     settle(options, log)
     folder = memory_folder(options)
     _refuse_twin(folder, identity)
     slots = Slots(folder, identity, options)
+    on_loss: list[Callable[[], None]] = []
     admission = Admission(
         identity,
-        epoch=state["epoch"],
+        epoch=before.epoch,
         lease_s=options.agent_lease_s,
-        on_epoch=lambda epoch: _write_state(where, incarnation=incarnation, epoch=epoch),
+        on_epoch=lambda epoch: memo.change(epoch=epoch),
         on_trainer=lambda one: log.tell("trainer-came", trainer_pid=one.peer.pid, epoch=one.epoch, world=one.world),
-        on_loss=lambda one: _trainer_lost(one, slots, log),
+        on_loss=lambda one: _trainer_lost(one, slots, log, on_loss),
     )
     _take_over(folder, identity, slots, options, log)
     reason, started, is_over = "failed", list[Plugin](), False
     try:
         server = Server(_listen(where.socket), admission, options, log)
         agent = Agent(
-            identity=identity, options=options, places=where, server=server, admission=admission, slots=slots, log=log
-        )
+            identity=identity, options=options, places=where, server=server, admission=admission, slots=slots, log=log,
+            memo=memo, on_loss=on_loss,
+        )  # fmt: skip
         methods.install(agent)
         with _signals(server):
             for plugin in plugins:
@@ -172,7 +176,7 @@ def _ticker(agent: Agent) -> Callable[[], None]:
     return tick
 
 
-def _trainer_lost(session: Session, slots: Slots, log: AgentLog) -> None:
+def _trainer_lost(session: Session, slots: Slots, log: AgentLog, then: Iterable[Callable[[], None]]) -> None:
     lost = slots.abandon_writing()
     log.tell(
         "trainer-left",
@@ -181,6 +185,8 @@ def _trainer_lost(session: Session, slots: Slots, log: AgentLog) -> None:
         detached=session.is_detached,
         abandoned_steps=[header.step for header in lost],
     )
+    for one in then:
+        one()
 
 
 def _take_over(folder: Path, identity: Identity, slots: Slots, options: Options, log: AgentLog) -> None:
@@ -253,24 +259,6 @@ def _listen(path: Path) -> socket.socket:
     listener.listen(_LISTEN_BACKLOG)
     listener.setblocking(False)
     return listener
-
-
-def read_state(where: Places) -> dict[str, int]:
-    """What the agent before knew; nothing where it ended well."""
-    out = {"incarnation": 0, "epoch": -1}
-    try:
-        found = json.loads(where.state.read_bytes())
-    except (OSError, ValueError):
-        return out
-    return {name: found[name] if type(found.get(name)) is int else value for name, value in out.items()}
-
-
-def _write_state(where: Places, **state: int) -> None:
-    """Replace it at once. Survives the process, which is all that its memory does."""
-    path = where.state.with_suffix(".new")
-    path.write_text(json.dumps(state), encoding="ascii")
-    path.chmod(0o600)
-    os.replace(path, where.state)
 
 
 @contextlib.contextmanager

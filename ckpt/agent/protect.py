@@ -8,8 +8,8 @@ arrival.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Mapping
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 import numpy as np
@@ -20,10 +20,12 @@ from ckpt.agent.decode import key_of
 from ckpt.agent.inventory import Card, Parity
 from ckpt.agent.stripes import Block, Step, Stripes, encode_plan
 from ckpt.agent.transport.client import Peer
+from ckpt.agent.transport.ring import Ring
 from ckpt.config import Options
 from ckpt.errors import PeerError
 from ckpt.kernels.erasure import code_blocks, code_for
 
+_NOTHING = np.empty(0, np.uint8)  # a source that ends before the chunk counts as zeros
 _ASK_S = (0.005, 0.2)  # between two questions to a peer that is not as far yet: at first, and at most
 
 
@@ -101,18 +103,15 @@ def make_parity(
     stripes = Stripes(image_nbytes=tuple(card.blob_bytes for card in cards), num_parity=cards[0].parity)
     member = cards[0].members.index(rank)
     with _Encoder(cards, stripes, peers, memory, run_id=run_id, options=options, ends_at=ends_at) as encoder:
-        for step in _chunks(stripes, member, encoder.chunk_bytes):
-            if stopped():
-                raise PeerError("the agent ends", kind="peer-stopped")
-            encoder.add(step)
-            failpoints.hit("agent.in-parity")
-        encoder.finish()
+        for step in encode_plan(stripes, member).steps:
+            encoder.make(step, stopped)
         parity = Parity(rank=rank, cards=cards, block_bytes=stripes.block_bytes)
         return Made(parity=parity, pulled_nbytes=encoder.pulled_nbytes, pull_s=encoder.pull_s, code_s=encoder.code_s)
 
 
 class _Encoder:
-    """Two sets of buffers: one is filled by pulls while the other is coded. One thread; pulls on threads of its own."""
+    """Pulls all sources of a block side by side, each by one transfer, and codes chunk by chunk as they come. One thread;
+    transfers on threads of their own. What is coded counts once all transfers have turned out whole."""
 
     def __init__(
         self,
@@ -128,62 +127,59 @@ class _Encoder:
         self._cards, self._stripes, self._peers, self._memory = cards, stripes, peers, memory
         self._run_id, self._options, self._ends_at = run_id, options, ends_at
         self._code = code_for(stripes.num_data, stripes.num_parity)
-        self.chunk_bytes = min(options.peer_chunk_bytes, max(stripes.block_bytes, 1))
-        self._buffers = [[np.empty(self.chunk_bytes, np.uint8) for _ in range(stripes.num_data)] for _ in range(2)]
+        self._chunk_bytes = min(options.peer_chunk_bytes, max(stripes.block_bytes, 1))
         self._lanes = ThreadPoolExecutor(stripes.num_data, thread_name_prefix="ckpt-pull")
-        self._begun: tuple[Step, list[NDArray[np.uint8]], list[Future[int]]] | None = None
+        self._rings: list[Ring] = []
         self.pulled_nbytes, self.pull_s, self.code_s = 0, 0.0, 0.0
 
     def __enter__(self) -> _Encoder:
         return self
 
     def __exit__(self, *_: object) -> None:
+        self._give_up()
         self._lanes.shutdown(cancel_futures=True)
 
-    def add(self, step: Step) -> None:
-        """Begin to pull what `step` needs, and code what was begun before."""
-        self._buffers.reverse()
-        begun = self._begin(step, self._buffers[0])
-        self.finish()
-        self._begun = begun
+    def _give_up(self) -> None:
+        for ring in self._rings:
+            ring.fail(PeerError("the encoding was given up", kind="peer-stopped"))
 
-    def finish(self) -> None:
-        """Code what was begun last."""
-        begun, self._begun = self._begun, None
-        if begun is None:
-            return
-        step, filled, waiting = begun
+    def make(self, step: Step, stopped: Callable[[], bool]) -> None:
+        """Fill the target of one step."""
+        self._rings = rings = [Ring(chunk_bytes=self._chunk_bytes) for _ in step.sources]
+        waiting = [
+            self._lanes.submit(self._pull, source, ring)
+            for source, ring in zip(step.sources, rings, strict=True)
+            if source.nbytes
+        ]
+        rows = self._code.rows(have=step.have, wanted=[step.target.piece])
+        for part in step.chunks(self._chunk_bytes):
+            if stopped():
+                raise PeerError("the agent ends", kind="peer-stopped")
+            self._code_chunk(part, rings, rows)
+            failpoints.hit("agent.in-parity")
         before = time.perf_counter()
         for future in waiting:
             future.result()
+        self.pull_s += time.perf_counter() - before
+        self.pulled_nbytes += sum(source.nbytes for source in step.sources)
+
+    def _code_chunk(self, part: Step, rings: Sequence[Ring], rows: NDArray[np.uint8]) -> None:
+        before = time.perf_counter()
+        having = [(ring, source) for ring, source in zip(rings, part.sources, strict=True) if source.nbytes]
+        found = {id(ring): ring.take(ends_at=self._ends_at) for ring, _ in having}
         between = time.perf_counter()
-        target = self._memory[step.target.start : step.target.stop]
-        rows = self._code.rows(have=step.have, wanted=[step.target.piece])
-        code_blocks(filled, [target], rows, tile_bytes=self._options.code_tile_bytes)
-        self.pulled_nbytes += sum(len(buffer) for buffer in filled)
+        sources = [found.get(id(ring), _NOTHING) for ring in rings]
+        target = self._memory[part.target.start : part.target.stop]
+        code_blocks(sources, [target], rows, tile_bytes=self._options.code_tile_bytes)
+        for ring, _ in having:
+            ring.give_back()
         self.pull_s += between - before
         self.code_s += time.perf_counter() - between
 
-    def _begin(
-        self, step: Step, into: list[NDArray[np.uint8]]
-    ) -> tuple[Step, list[NDArray[np.uint8]], list[Future[int]]]:
-        filled = [buffer[: source.nbytes] for source, buffer in zip(step.sources, into, strict=True)]
-        waiting = [
-            self._lanes.submit(self._pull, source, buffer)
-            for source, buffer in zip(step.sources, filled, strict=True)
-            if source.nbytes
-        ]
-        return step, filled, waiting
-
-    def _pull(self, source: Block, into: NDArray[np.uint8]) -> int:
+    def _pull(self, source: Block, ring: Ring) -> int:
         card = self._cards[source.member]
         key = key_of(
             self._stripes, source, run_id=self._run_id, step=card.step, attempt=card.attempt, members=card.members
         )
         left_s = max(self._ends_at - time.monotonic(), 0.001)
-        return self._peers[card.rank].pull(key, source.start, source.stop, into=into.data, deadline_s=left_s)
-
-
-def _chunks(stripes: Stripes, member: int, chunk_bytes: int) -> Iterator[Step]:
-    for step in encode_plan(stripes, member).steps:
-        yield from step.chunks(chunk_bytes)
+        return self._peers[card.rank].pull_through(key, source.start, source.stop, ring, deadline_s=left_s)

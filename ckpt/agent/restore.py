@@ -22,7 +22,7 @@ from ckpt.commit import names
 from ckpt.commit.assemble import Assembler
 from ckpt.commit.complete import PROGRAM
 from ckpt.config import Options
-from ckpt.engine.world import World, raise_together
+from ckpt.engine.world import World, gather_or_raise
 from ckpt.errors import CheckpointError, DamagedError, NotFoundError, StoreError
 from ckpt.format import manifest, receipt
 from ckpt.store.base import Entries, Entry, Names, Writer, check_keys
@@ -76,8 +76,7 @@ class SnapshotStore:
                 files = index_files(candidate, blobs)
         except CheckpointError as problem:
             error = problem
-        raise_together(world, error, "nothing was changed")
-        packed = world.all_gather(np.frombuffer(_packed(files), np.uint8))[0].tobytes()
+        packed = gather_or_raise(world, _packed(files), error, "nothing was changed")[0]
         ranks = {blobs.holder(card.rank): card.rank for group in candidate.groups for card in group.cards}
         mine = {ranks[address]: segment for address, segment in local.items() if address in ranks}
         return cls(candidate, _unpacked(packed), blobs, mine)

@@ -8,10 +8,13 @@ control group: where the scheduler kills that (docs/reference/agent.md), start t
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
+import logging
 import os
 import select
+import signal
 import site
 import subprocess
 import sys
@@ -24,9 +27,11 @@ from ckpt.agent import wire
 from ckpt.agent.identity import Identity, Places, make_private, places
 from ckpt.agent.local import Client, connect
 from ckpt.agent.log import tail
+from ckpt.agent.owner import Owner
 from ckpt.config import Options
 from ckpt.errors import AgentError, CheckpointError
 
+_log = logging.getLogger("ckpt")
 _RETRY_S = 0.05  # between two looks for an agent that is about to come or to go
 _DYING_S = 5.0  # that a killed trainer may take to give its memory back
 _READY_BYTES_MAX = 65536
@@ -44,6 +49,8 @@ _KEPT_PREFIXES = ("LC_", "CKPT_", "AWS_", "S3_", "FSSPEC_", "GOOGLE_", "AZURE_",
 def start_or_adopt(identity: Identity, options: Options, *, epoch: int = 0) -> Client:
     """The agent of this run and rank, which is started if none lives; any thread of the trainer.
 
+    One that does not answer within half of `agent_start_timeout_s` is killed; the next one takes over what it holds.
+
     Args:
         epoch: of the trainer, higher at each restart of the job.
 
@@ -53,16 +60,20 @@ def start_or_adopt(identity: Identity, options: Options, *, epoch: int = 0) -> C
     where = places(identity, options)
     deadline = time.monotonic() + options.agent_start_timeout_s
     held_until = min(deadline, time.monotonic() + _DYING_S)
+    silent_at = time.monotonic() + options.agent_start_timeout_s / 2
     while True:
         try:
+            limit = silent_at if time.monotonic() < silent_at else deadline
             return connect(
-                where.socket, identity, options, epoch=epoch, timeout_s=max(_RETRY_S, deadline - time.monotonic())
+                where.socket, identity, options, epoch=epoch, timeout_s=max(_RETRY_S, limit - time.monotonic())
             )
         except AgentError as error:
             if error.kind == "held" and time.monotonic() < held_until:
                 time.sleep(_RETRY_S)
                 continue
-            if error.kind not in ("no-agent", "agent-gone"):
+            if error.kind == "timeout" and time.monotonic() < deadline:
+                _end_silent(where, identity)
+            elif error.kind not in ("no-agent", "agent-gone"):
                 raise
             last: CheckpointError = error
         try:
@@ -77,6 +88,33 @@ def start_or_adopt(identity: Identity, options: Options, *, epoch: int = 0) -> C
                 f"the agent of rank {identity.rank} does not answer: {last.message}", kind="not-started"
             ) from last
         time.sleep(_RETRY_S)
+
+
+def end(pid: int) -> None:
+    """Kill an agent that does not answer. What it holds stays in memory, for the next one. AgentError `not-ended` if it lives."""
+    owner = Owner.of(pid) if pid else None
+    if owner is None:
+        return
+    with contextlib.suppress(ProcessLookupError):
+        os.kill(pid, signal.SIGKILL)
+    deadline = time.monotonic() + _DYING_S
+    while owner.is_alive:
+        if time.monotonic() > deadline:
+            raise AgentError(f"the agent, pid {pid}, does not answer and cannot be killed", kind="not-ended")
+        time.sleep(_RETRY_S)
+
+
+def _end_silent(where: Places, identity: Identity) -> None:
+    """The process that holds the rank's lock and does not answer makes way, if it is an agent that can be seen from here."""
+    try:
+        pid = int(where.lock.read_text(encoding="ascii"))
+        command = Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0")
+    except (OSError, ValueError):
+        return
+    if not all(word in command for word in (b"ckpt.agent", identity.run_id.hex.encode())):
+        return
+    _log.warning("the agent of seat %d, pid %d, does not answer; another one takes its place", identity.rank, pid)
+    end(pid)
 
 
 def start(identity: Identity, options: Options, where: Places, *, deadline: float) -> int:
@@ -161,6 +199,10 @@ def _environment() -> dict[str, str]:
         folders.append(here)
     # The agent needs NumPy for views only: its thread pools would be memory for nothing.
     out |= {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
+    # Messages of megabytes are allocated again and again. By default each gets fresh pages from the system, which took a quarter
+    # of all processor time of a snapshot; and an arena for every thread would keep tens of megabytes each.
+    out |= {"MALLOC_MMAP_THRESHOLD_": "33554432", "MALLOC_TRIM_THRESHOLD_": "134217728", "MALLOC_ARENA_MAX": "2"}
+    out |= {"ARROW_DEFAULT_MEMORY_POOL": "system"}
     return {**out, "PYTHONPATH": os.pathsep.join(folders)} if folders else out
 
 

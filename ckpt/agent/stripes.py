@@ -14,10 +14,9 @@ from collections import Counter
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 
+from ckpt.agent.pieces import piece_bytes_of
 from ckpt.errors import InvalidInputError
 from ckpt.kernels.erasure import SOURCES_MAX, TARGETS_MAX
-
-BLOCK_ALIGN = 4096  # bytes; a page
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -131,8 +130,10 @@ class Stripes:
 
     @property
     def block_bytes(self) -> int:
-        """Of every block: the largest image over k, rounded up to a page."""
-        return -(-max(self.image_nbytes) // (self.num_data * BLOCK_ALIGN)) * BLOCK_ALIGN
+        """Of every block: the largest image over k, rounded up to a piece (pieces.py)."""
+        largest = max(self.image_nbytes)
+        align = piece_bytes_of(largest)
+        return -(-largest // (self.num_data * align)) * align
 
     @property
     def parity_nbytes(self) -> int:

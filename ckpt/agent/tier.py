@@ -13,36 +13,31 @@ import logging
 import os
 import secrets
 import socket
-import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
-from ckpt.agent import blob, discover, protect, segments, wire
-from ckpt.agent.flush import options_for_agent
+from ckpt.agent import discover, protect
 from ckpt.agent.groups import Group, Grouping, place
 from ckpt.agent.groups import Member as Placed
-from ckpt.agent.identity import Identity, memory_folder, parity_folder, places, run_id_of
+from ckpt.agent.identity import Identity, places, run_id_of
 from ckpt.agent.inventory import Candidate, Inventory, candidates
-from ckpt.agent.local import Client, Described, Mapped, connect
-from ckpt.agent.process import read_state
+from ckpt.agent.local import Mapped, connect
+from ckpt.agent.memo import Memo
+from ckpt.agent.own import OwnAgent, capacity_of
 from ckpt.agent.restore import SnapshotStore
-from ckpt.agent.spawn import start_or_adopt
+from ckpt.agent.topology import domain_of, read_topology
 from ckpt.agent.transport.client import Peer
 from ckpt.agent.transport.credentials import SECRET_BYTES, Credentials
-from ckpt.commit.complete import Request
 from ckpt.config import AGENT_ADDRESSES_MAX, AGENT_RECORD_BYTES_MAX, Memory, Options
-from ckpt.engine.world import World, raise_together
-from ckpt.errors import AgentError, CheckpointError, InvalidInputError, PeerError, SaveFailedError
+from ckpt.engine.world import World, gather_or_raise
+from ckpt.errors import AgentError, CheckpointError, InvalidInputError
 
-_POLL_S = (0.002, 0.1)  # between two questions to the agent: at first, and at most
-_REVIVE_S = 10.0  # between two attempts to start an agent that has died
-_REST_BYTES = 4 << 20  # room for a receipt beside what the size of the image suggests
 _log = logging.getLogger("ckpt")
 
 
@@ -56,32 +51,18 @@ class _Seat:
     seat: int = 0  # number of the rank among those of its host
 
 
-class Tier:
-    """One rank's way to the memory tier. Owned by the training thread; `keep`, `flush` and waits by whoever finishes saves."""
+class Tier(OwnAgent):
+    """One rank's way to the memory tier. Owned by the training thread; what it inherits says who else may call that."""
 
     def __init__(
         self, url: str, world: World, memory: Memory, options: Options, storage: Mapping[str, Any] | None
     ) -> None:
-        # The agent has another working folder.
-        self._url = url if "://" in url else os.path.abspath(url)
-        self._world, self._memory, self._options = world, memory, options
-        self._storage = dict(storage or {})
+        super().__init__(url if "://" in url else os.path.abspath(url), options, dict(storage or {}))
+        self._world, self._memory = world, memory
         self._run_id = run_id_of(url)
-        self._taken: dict[int, tuple[Described, Mapped, Client]] = {}  # address of the memory -> what it is, and whose
-        self._mapped: dict[str, Mapped] = {}
-        self._client: Client | None = None
         self._secret = b""
         self._group: Group | None = None
-        self._capacity_bytes = 0
         self._inventories: list[Inventory] = []
-        self._own_address = ""
-        self._epoch = 0
-        self._joined: dict[str, Any] = {}  # what the agent was told of its group
-        self._reviving: threading.Thread | None = None
-        self._revive_at = 0.0  # of `time.monotonic`: not before
-        self._closing = False
-        self._lock = threading.Lock()  # of the client and what is mapped, where an agent is started anew
-        self._left = threading.Event()  # the process ends: nobody waits for the agent any more
         self._connect()
 
     # all ranks together
@@ -98,8 +79,8 @@ class Tier:
             body = work()
         except CheckpointError as problem:
             error = problem
-        raise_together(self._world, error, state)
-        return self._gather(body)
+        answers = gather_or_raise(self._world, json.dumps(body).encode(), error, state)
+        return [json.loads(answer) for answer in answers]
 
     def _connect(self) -> None:
         """Find or start this rank's agent, agree on the secret of the run, and learn what all agents hold. All ranks call."""
@@ -115,62 +96,65 @@ class Tier:
         mine = self._seats[rank]
         self._identity = Identity(run_id=self._run_id, rank=mine.seat, world=counts[mine.host])
         known = self._together(self._look, "no agent was started")
-        epoch = 1 + max(int(one["epoch"]) for one in known)
+        # Also higher than any of a job that nobody here knows of, whose nodes may come back.
+        epoch = max(1 + max(int(one["epoch"]) for one in known), min(int(one["now"]) for one in known))
         self._secret = bytes.fromhex(next((one["secret"] for one in known if one["secret"]), ""))
         if not self._secret:
             fresh = self._gather({"secret": secrets.token_hex(SECRET_BYTES) if rank == 0 else ""})
             self._secret = bytes.fromhex(fresh[0]["secret"])
-        self._epoch = epoch
-        found = self._together(lambda: self._start(epoch, mine), "agents may have been started")
+        found = self._together(lambda: self._join_run(epoch, mine), "agents may have been started")
         self._addresses = [str(one["address"]) for one in found]
-        self._own_address = self._addresses[rank]
-        held = [Inventory.from_fields(fields) for one in found for fields in one["held"]]
-        self._inventories = held
+        self._inventories = [Inventory.from_fields(fields) for one in found for fields in one["held"]]
 
     def _where(self) -> dict[str, Any]:
         host = os.environ.get("CKPT_NODE") or socket.gethostname()
-        domain = os.environ.get("CKPT_FAILURE_DOMAIN") or host
+        file = self._memory.topology or os.environ.get("CKPT_TOPOLOGY_FILE")
+        topology = read_topology(Path(file)) if file else None
+        if topology is not None and host not in topology:
+            _log.warning(
+                "topology file %s does not name host %s, which counts as a failure domain of its own", file, host
+            )
+        domain = domain_of(host, given=os.environ.get("CKPT_FAILURE_DOMAIN"), topology=topology)
         return {"host": host, "domain": domain, "address": self._memory.address or own_address()}
 
     def _look(self) -> dict[str, Any]:
         """What an agent of this seat knows already, or the one that has died knew."""
-        where = places(self._identity, self._options)
+        where, now = places(self._identity, self._options), int(time.time())
         try:
             client = connect(where.socket, self._identity, self._options, role="observer")
             try:
-                return {"epoch": client.status()["epoch"], "secret": client.call("meet")[0]["secret"]}
+                return {"epoch": client.status()["epoch"], "secret": client.call("meet")[0]["secret"], "now": now}
             finally:
                 client.close()
         except AgentError as error:
-            if error.kind not in ("no-agent", "agent-gone"):
+            if error.kind not in ("no-agent", "agent-gone", "timeout"):
                 raise
-            return {"epoch": max(0, read_state(where)["epoch"]), "secret": None}
+            return {"epoch": max(0, Memo.read(where.state).epoch), "secret": None, "now": now}
 
-    def _start(self, epoch: int, mine: _Seat) -> dict[str, Any]:
-        self._client = start_or_adopt(self._identity, self._options, epoch=epoch)
-        address = self._listen(self._client, port=0)
-        held = [self._client.call("inventory", timeout_s=self._options.inventory_timeout_s)[0]]
-        if mine.seat == 0:
-            found = self._ask_unattached("inventory", {}, timeout_s=self._options.inventory_timeout_s)
-            held += [one for one in found if one["address"]]
-        return {"address": address, "held": held}
+    def _join_run(self, epoch: int, mine: _Seat) -> dict[str, Any]:
+        self._start(self._identity, rank=self._world.rank, epoch=epoch, secret=self._secret, host=mine.address)
+        return {"address": self._own_address, "held": self._held(fresh=False)}
 
-    def _listen(self, client: Client, *, port: int) -> str:
-        """Let the agent serve its peers; its address.
+    def _held(self, *, fresh: bool) -> list[dict[str, Any]]:
+        """What this rank's agent holds, and those of this host whose seat nobody takes.
 
         Args:
-            port: where peers look for it already; another one is taken when that is not free.
+            fresh: they look at every byte now, also of what they looked at a moment ago.
         """
-        mine = self._seats[self._world.rank]
-        params = {"secret": self._secret.hex(), "host": mine.address, "port": port}
-        return str(client.call("listen", params)[0]["address"])
+        assert self._client is not None
+        timeout_s = self._options.inventory_timeout_s
+        held = [self._client.call("inventory", {"fresh": fresh}, timeout_s=timeout_s)[0]]
+        if self._seats[self._world.rank].seat == 0:
+            found = self._ask_unattached("inventory", {"fresh": fresh}, timeout_s=timeout_s)
+            held += [one for one in found if one["address"]]
+        return held
 
     def _ask_unattached(self, method: str, params: dict[str, Any], *, timeout_s: float) -> list[dict[str, Any]]:
         """What agents of this host answer whose seat nobody takes any more."""
         out = []
         num_seats = sum(one.host == self._seats[self._world.rank].host for one in self._seats)
-        for found in discover.agents(self._options, run_id=self._run_id):
-            if found.status is None or found.identity.rank < num_seats:
+        for found in discover.agents(self._options, run_id=self._run_id, first_rank=num_seats, sizes=False):
+            if found.status is None:
                 continue
             try:
                 client = connect(found.places.socket, found.identity, self._options, role="observer")
@@ -184,7 +168,7 @@ class Tier:
 
     def reserve(self, nbytes: int, *, pinned: bool) -> None:
         """As Keeper.reserve; puts the ranks into groups. All ranks call."""
-        capacity = nbytes + nbytes // 64 + _REST_BYTES
+        capacity = capacity_of(nbytes)
         sizes = self._gather({"capacity": capacity, "address": self._own_address})
         self._addresses = [str(one["address"]) for one in sizes]  # an agent may have been started anew
         grouping = self._groups()
@@ -207,32 +191,15 @@ class Tier:
         }
 
         with self._lock:
-            self._capacity_bytes, self._group = capacity, group
+            self._capacity_bytes, self._group, self._pinned = capacity, group, pinned
             # All vote at rank 0's agent: of a new one, all must hear.
             self._joined = {**params, "tell": everybody if self._world.rank == 0 else near}
 
         def work() -> dict[str, Any]:
-            client, _ = self._working()
-            if client is None:
-                return {}  # the one that is started in its place reserves; what is for the store is saved all the same
-            try:
-                mapped = self._reserve(client, capacity, params)
-            except AgentError as error:
-                if error.kind not in ("agent-gone", "timeout"):
-                    raise
-                _log.warning("no memory was reserved: %s", error.message)
-                return {}
-            with self._lock:
-                if client is self._client:
-                    self._mapped = mapped
+            self._reserve_now(params)
             return {}
 
         self._together(work, "nothing was saved")
-
-    def _reserve(self, client: Client, capacity_bytes: int, join: dict[str, Any]) -> dict[str, Mapped]:
-        mapped = {one.name: one for one in client.reserve(capacity_bytes)}
-        client.call("join", join, timeout_s=self._options.agent_start_timeout_s + join["parity_bytes"] / 50e6)
-        return mapped
 
     def _groups(self) -> Grouping | None:
         """The groups of this job; None for one rank alone, which nobody can protect."""
@@ -266,173 +233,6 @@ class Tier:
             return grouping
         raise AssertionError("two ranks allow one parity")
 
-    # saves (engine/keeper.py)
-
-    def begin(self, step: int, attempt: str, nbytes: int) -> NDArray[np.uint8] | None:
-        """As Keeper.begin."""
-        client, mapped = self._working()
-        if client is None:
-            return None
-        try:
-            if nbytes + nbytes // 64 + _REST_BYTES > self._capacity_bytes:
-                _log.warning("step %d: an image of %d bytes does not fit into the agent's memory", step, nbytes)
-                client.call("pass_over", {"step": step, "attempt": attempt})
-                return None
-            began = client.begin(step, attempt)
-            found = mapped[began.name]
-            if any(found.is_same(other) for _, other, _ in self._taken.values()):
-                # A copy for the agent that has died still writes there.
-                client.abandon(began)
-                return None
-        except AgentError as error:
-            if error.kind in ("busy", "agent-gone", "timeout"):
-                _log.warning("step %d is not kept in memory: %s", step, error.message)
-                return None
-            raise
-        memory = np.frombuffer(found.memory, np.uint8)
-        self._taken[memory.ctypes.data] = began, found, client
-        return memory
-
-    def _working(self) -> tuple[Client | None, dict[str, Mapped]]:
-        """The agent, unless it has died; then another one is started meanwhile, which takes over what lies in memory."""
-        with self._lock:
-            client, mapped = self._client, self._mapped
-            if client is None or client.is_open or self._closing:
-                return client, mapped
-            if self._reviving is None and time.monotonic() >= self._revive_at:
-                _log.warning("the agent of rank %d is gone; another one is started", self._world.rank)
-                self._reviving = threading.Thread(target=self._revive, name="ckpt-revive", daemon=True)
-                self._reviving.start()
-            return None, mapped
-
-    def _revive(self) -> None:
-        """Start an agent in place of one that has died, and tell its peers where it is. No collective call."""
-        client: Client | None = None
-        try:
-            client = start_or_adopt(self._identity, self._options, epoch=self._epoch)
-            address = self._listen(client, port=int(self._own_address.rpartition(":")[2]))
-            while not self._take_over(client, address):
-                pass  # other room was asked for meanwhile
-        except CheckpointError as error:
-            _log.warning("no agent for rank %d: %s", self._world.rank, error.message)
-            if client is not None:
-                client.close()
-            with self._lock:
-                self._reviving, self._revive_at = None, time.monotonic() + _REVIVE_S
-            return
-        _log.warning("rank %d has an agent again, pid %s", self._world.rank, client.agent.get("pid"))
-
-    def _take_over(self, client: Client, address: str) -> bool:
-        capacity, joined = self._capacity_bytes, self._joined
-        mapped = self._reserve(client, capacity, joined) if joined else {}
-        with self._lock:
-            if joined is not self._joined:
-                return False
-            self._client, self._mapped, self._own_address, self._reviving = client, mapped, address, None
-            return True
-
-    def seal(
-        self, memory: NDArray[np.uint8], *, image_bytes: int, receipt: bytes, request: Request, changed: bool
-    ) -> None:
-        """As Keeper.seal."""
-        began, _, client = self._taken[memory.ctypes.data]
-        rest = blob.pack_rest(receipt, request)
-        blob_bytes = image_bytes + len(rest)
-        if blob_bytes + AGENT_RECORD_BYTES_MAX > len(memory):
-            raise SaveFailedError(
-                f"the receipt of step {request.step} has {len(rest):,} bytes, more than there is room for",
-                kind="no-room",
-            )
-        memory[image_bytes:blob_bytes] = np.frombuffer(rest, np.uint8)
-        params = {
-            "name": began.name,
-            "generation": began.generation,
-            "image_bytes": image_bytes,
-            "blob_bytes": blob_bytes,
-            "changed": changed,
-        }
-        client.call("keep", params)
-
-    def flush(self, memory: NDArray[np.uint8]) -> None:
-        """As Keeper.flush."""
-        began, _, client = self._taken[memory.ctypes.data]
-        params = {
-            "name": began.name,
-            "generation": began.generation,
-            "url": self._url,
-            "storage_options": self._storage,
-            "options": options_for_agent(self._options),
-        }
-        client.call("flush", params)
-
-    def stored(self, step: int, attempt: str, timeout_s: float) -> bool:
-        """As Keeper.stored."""
-        answer = self._poll("stored", step, attempt, ("running",), timeout_s)
-        if answer["state"] == "failed":
-            raise wire.rebuilt(answer["error"])
-        if answer["state"] != "stored":
-            raise AgentError(f"the agent does not know of step {step}: it was started anew", kind="agent-gone")
-        return bool(answer["changed"])
-
-    def protected(self, step: int, attempt: str, timeout_s: float) -> bool:
-        """As Keeper.protected."""
-        answer = self._poll("progress", step, attempt, ("protecting",), timeout_s)
-        if answer["state"] != "protected":
-            raise PeerError(f"step {step} is not protected: {answer['error'] or answer['state']}", kind="peer-failed")
-        return bool(answer["changed"])
-
-    def _poll(self, method: str, step: int, attempt: str, running: tuple[str, ...], timeout_s: float) -> dict[str, Any]:
-        client = self._client  # one that was started anew knows nothing of it
-        assert client is not None
-        ends_at, pause_s = time.monotonic() + timeout_s, _POLL_S[0]
-        while True:
-            if self._left.is_set():
-                raise SaveFailedError(f"the process ends; its agent goes on with step {step}", kind="left")
-            answer = client.call(method, {"step": step, "attempt": attempt})[0]
-            if answer["state"] not in running:
-                return answer
-            if time.monotonic() > ends_at:
-                raise SaveFailedError(f"step {step} is not over after {timeout_s:.0f} s", kind="timeout")
-            time.sleep(pause_s)
-            pause_s = min(1.5 * pause_s, _POLL_S[1])
-
-    def release(self, memory: NDArray[np.uint8], *, sealed: bool) -> None:
-        """As Keeper.release."""
-        began, _, client = self._taken.pop(memory.ctypes.data)
-        if not sealed and client.is_open:
-            try:
-                client.abandon(began)
-            except CheckpointError as error:
-                _log.warning("the agent did not hear that step %d was given up: %s", began.step, error.message)
-
-    def leave(self) -> None:
-        """As Keeper.leave."""
-        self._left.set()
-
-    def close(self, *, over: bool) -> None:
-        """As Keeper.close."""
-        with self._lock:
-            self._closing, reviving = True, self._reviving
-        if reviving is not None:
-            reviving.join(self._options.agent_start_timeout_s)
-        client, self._client = self._client, None
-        try:
-            if client is not None and over:
-                client.bye()
-            elif client is not None:
-                client.close()
-        except CheckpointError as error:
-            _log.warning("the agent did not take its leave: %s", error.message)
-        if over:
-            self._remove_leftovers()
-
-    def _remove_leftovers(self) -> None:
-        """What an agent left that died, when the job ends before there is another one to take it over."""
-        for folder in (memory_folder(self._options), parity_folder(self._options)):
-            for left in segments.leftovers(folder):
-                if left.header is not None and left.header.belongs_to(self._identity):
-                    segments.remove(left)
-
     # the way back
 
     def settle(self) -> None:
@@ -446,7 +246,9 @@ class Tier:
             return [self._client.call(method, params, timeout_s=timeout_s)[0], *others]
 
         found = self._together(lambda: {"agents": ask("flushes", {})}, "nothing was changed")
-        flushes = [tuple(one) for rank in found for agent in rank["agents"] for one in agent["flushes"]]
+        flushes = [one for rank in found for agent in rank["agents"] for one in agent["flushes"]]
+        if all(is_done for *_, is_done in flushes):
+            return
         taking_part = Counter((step, attempt, world) for step, attempt, world, _ in flushes)
         keep = [[step, attempt] for (step, attempt, world), count in taking_part.items() if count == world]
         self._together(lambda: {"agents": ask("settle", {"keep": keep})}, "nothing was changed")
@@ -455,15 +257,20 @@ class Tier:
         """What the agents held when this job began, the newest step first. Equal on all ranks."""
         return candidates(self._inventories)
 
-    def chosen(self, number: int | None) -> None:
-        """As MemoryTier.chosen: what else this rank's agent holds is dropped."""
-        client, _ = self._working()
+    def look_again(self) -> None:
+        """As MemoryTier.look_again."""
+        found = self._together(lambda: {"held": self._held(fresh=True)}, "the state may be partly changed")
+        self._inventories = [Inventory.from_fields(fields) for one in found for fields in one["held"]]
+
+    def chosen(self, number: int | None, *, step: int) -> None:
+        """As MemoryTier.chosen: what else this rank's agent holds is dropped, what it still stores of later steps given up."""
+        client = self._working()
         if client is None:
             return
-        params: dict[str, Any] = {}
+        params: dict[str, Any] = {"goes_on_from": step}
         if number is not None:
             candidate = self.candidates()[number]
-            params = {"step": candidate.step, "attempt": candidate.attempt}
+            params |= {"step": candidate.step, "attempt": candidate.attempt}
         try:
             client.call("choose", params)
         except AgentError as error:  # this rank alone knows, and all have loaded
@@ -493,11 +300,11 @@ class Tier:
 
     def _local(self, candidate: Candidate) -> dict[str, Mapped]:
         """What this rank's own agent holds of a candidate; nothing when it does not answer: others must not wait for that."""
-        client, _ = self._working()
+        client = self._working()
         if client is None:
             return {}
         try:
-            mapped = {one.name: one for one in client.attach()}
+            mapped = self._map(client.attach())
             of = candidate.step, candidate.attempt
             held = [mapped[one.name] for one in client.segments() if (one.step, one.attempt) == of]
             return {self._own_address: held[-1]} if held else {}

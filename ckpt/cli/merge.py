@@ -53,7 +53,7 @@ _OPTIONS = (
     click.option("--seed", type=int, metavar="N", help="Of random masks, and of the random streams of the result."),
     click.option("--memory", metavar="SIZE", help="Memory that all processes together may take."),
     click.option("--workers", type=int, metavar="N", help="Processes; default: 1."),
-    click.option("--ray", metavar="ADDRESS", help="On a Ray cluster, --workers tasks at a time: `auto`, `local`, or its address."),
+    click.option("--ray", metavar="ADDRESS", help="On a Ray cluster, --workers tasks at a time: `auto`, `local`, an address."),
     click.option("--plan", "only_plan", is_flag=True, help="Show what would be done, and do nothing."),
     click.option("--resume", metavar="URL[@STEP]", help="Go on with a merge that was killed."),
     click.option("--export", "folder", metavar="DIR", help="Also write the model as safetensors files into this folder."),

@@ -24,12 +24,13 @@ _NAME = re.compile(r"[0-9A-Za-z._-]{1,100}")
 
 @dataclass(frozen=True, kw_only=True)
 class Pin:
-    """One rule: of the steps after `after`, the newest `last`. What is None does not limit it."""
+    """One rule: of the steps after `after` that `every` divides, the newest `last`. What is None does not limit it."""
 
     name: str
     why: str  # for people: "the average in runs/gpt-average"
     last: int | None = None
     after: int | None = None
+    every: int = 1
 
     def __post_init__(self) -> None:
         if not _NAME.fullmatch(self.name):
@@ -37,7 +38,7 @@ class Pin:
 
     def of(self, steps: Iterable[int]) -> set[int]:
         """The steps that it pins."""
-        found = sorted(step for step in steps if self.after is None or step > self.after)
+        found = sorted(step for step in steps if (self.after is None or step > self.after) and step % self.every == 0)
         return set(found if self.last is None else found[max(0, len(found) - self.last) :])
 
 
@@ -72,8 +73,8 @@ def pinned(store: Store, steps: Iterable[int]) -> dict[int, str]:
 
 
 def _parsed(name: str, record: dict[str, object]) -> Pin:
-    last, after, why = record.get("last"), record.get("after"), record.get("why")
-    sound = record.get("version") == VERSION and isinstance(why, str)
+    last, after, why, every = (record.get(key) for key in ("last", "after", "why", "every"))
+    sound = record.get("version") == VERSION and isinstance(why, str) and isinstance(every, int) and every > 0
     if not sound or not all(value is None or (isinstance(value, int) and value >= 0) for value in (last, after)):
         return Pin(name=name, why=f"`{_key(name)}` cannot be read")
     return Pin(
@@ -81,6 +82,7 @@ def _parsed(name: str, record: dict[str, object]) -> Pin:
         why=str(why),
         last=last if isinstance(last, int) else None,
         after=after if isinstance(after, int) else None,
+        every=every if isinstance(every, int) else 1,
     )
 
 

@@ -39,7 +39,8 @@ class Keeper(Protocol):
         """
 
     def begin(self, step: int, attempt: str, nbytes: int) -> NDArray[np.uint8] | None:
-        """Shared memory to stage the image of a step in. None while none is free: the newest protected image stays."""
+        """Shared memory to stage the image of a step in. None while none is free, as the newest protected image stays, and when
+        the agent does not say so within `agent_begin_timeout_s`."""
 
     def seal(
         self, memory: NDArray[np.uint8], *, image_bytes: int, receipt: bytes, request: Request, changed: bool
@@ -48,6 +49,9 @@ class Keeper(Protocol):
 
     def flush(self, memory: NDArray[np.uint8]) -> None:
         """Store the sealed image as its part of a checkpoint; the agent does so also when this process is gone."""
+
+    def take_back(self, memory: NDArray[np.uint8]) -> bool:
+        """Whether the image is this process's alone again: the agent that it was handed to is dead, or ended here and now."""
 
     def stored(self, step: int, attempt: str, timeout_s: float) -> bool:
         """Wait until the checkpoint is published. Whether a structure changed. Raises what stopped it."""

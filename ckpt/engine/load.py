@@ -131,10 +131,10 @@ def load_state(
         error = problem
     walked = time.perf_counter()
     timeline.add("walk", start, walked)
-    extra, missing = _agree(world, prepared, state, error, strict=strict)
+    extra, missing, same_layout = _agree(world, stored, prepared, state, error, strict=strict)
     assert prepared is not None
     aim, match, _ = prepared
-    saved = _saved_world(stored, aim.local, world)
+    saved = SavedWorld(world=stored.manifest.world, same_layout=same_layout)
     error = None
     try:
         pieces = _wanted_pieces(aim.local, match.ids)
@@ -219,19 +219,21 @@ def _match(aim: LoadTarget, specs: Sequence[TensorSpec], stored: StoredCheckpoin
 
 def _agree(
     world: World,
+    stored: StoredCheckpoint,
     prepared: tuple[LoadTarget, _Match, list[TensorSpec]] | None,
     state: Mapping[str, Any],
     error: CheckpointError | None,
     *,
     strict: bool,
-) -> tuple[list[str], list[str]]:
-    """Exchange what each rank wants and lacks; the same verdict on every rank. Returns (extra, missing)."""
+) -> tuple[list[str], list[str], bool]:
+    """Exchange what each rank wants and lacks; the same verdict on every rank. Returns (extra, missing, same_layout)."""
     report: dict[str, Any] = {"error": error.message if error else "", "keys": sorted(state)}
     wanted = np.empty(0, np.int32)
     if prepared is not None:
         match = prepared[1]
         wanted = np.unique(np.array([i for i in (*match.ids, *match.same) if i >= 0], np.int32))
         report |= {"missing": match.missing, "reshaped": match.reshaped, "objects": match.missing_objects}
+        report |= {"same": _has_layout(stored, prepared[0].local, world)}
     text = json.dumps(report).encode()
     head = np.array([len(text)], np.int64).view(np.uint8)
     answers = world.all_gather(np.concatenate([head, np.frombuffer(text, np.uint8), wanted.view(np.uint8)]))
@@ -254,7 +256,7 @@ def _agree(
     extra = [specs[i].name for i in np.flatnonzero(unwanted) if specs[i].name.split("/", 1)[0] in keys]
     union = {k: sorted({x for r in reports for x in r[k]}) for k in ("missing", "reshaped", "objects")}
     _raise_mismatch(union, extra, strict=strict)
-    return extra, union["missing"] + union["objects"]
+    return extra, union["missing"] + union["objects"], all(r["same"] for r in reports)
 
 
 def _raise_mismatch(found: Mapping[str, Sequence[str]], extra: Sequence[str], *, strict: bool) -> None:
@@ -311,9 +313,7 @@ def _object_rows(stored: StoredCheckpoint, wanted: Set[str]) -> dict[str, list[S
     return out
 
 
-def _saved_world(stored: StoredCheckpoint, local: LocalState, world: World) -> SavedWorld:
-    """Whether every rank holds the parameters that the rank of its number held: all ranks are asked."""
+def _has_layout(stored: StoredCheckpoint, local: LocalState, world: World) -> bool:
+    """Whether this rank holds the parameters that the rank of its number held."""
     layouts = stored.manifest.layouts_by_rank
-    same = len(layouts) == world.size and layouts[world.rank] == layout_digest(local)
-    answers = world.all_gather(np.array([same], np.uint8))
-    return SavedWorld(world=stored.manifest.world, same_layout=all(bool(answer[0]) for answer in answers))
+    return len(layouts) == world.size and layouts[world.rank] == layout_digest(local)

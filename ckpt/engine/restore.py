@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import logging
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -57,8 +57,15 @@ class MemoryTier(Protocol):
     def open(self, number: int) -> OpenedSnapshot:
         """A recoverable one of `candidates`, to read from."""
 
-    def chosen(self, number: int | None) -> None:
-        """The job goes on from this one of `candidates`, or from the store: others no longer count."""
+    def look_again(self) -> None:
+        """Look at every byte that agents hold, also of what they looked at before; `candidates` may differ then."""
+
+    def chosen(self, number: int | None, *, step: int) -> None:
+        """The job goes on from this one of `candidates`, or from the store: others no longer count.
+
+        Args:
+            step: that it goes on from, -1 for none.
+        """
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -86,26 +93,20 @@ def restore(
     start = time.perf_counter()
     passed_over: list[str] = []
     touched: CheckpointError | None = None  # by a load that failed on some rank
+
+    def told(done: Restored) -> Restored:
+        over = tuple(dict.fromkeys(passed_over))
+        return _told(run, dataclasses.replace(done, seconds=time.perf_counter() - start, passed_over=over))
+
     if tier is not None:
         _settle(run, tier, passed_over)
-        stored_step = _stored_step(run, tier, passed_over)
-        for number, candidate in enumerate(tier.candidates()):
-            if candidate.step < stored_step:
-                break
-            if not candidate.recoverable:
-                passed_over.append(
-                    f"step {candidate.step} in memory: of ranks {list(candidate.lost)} too little is left"
-                )
-                continue
-            done, error = _from_memory(run, tier, number, state, layout, strict=strict, rename=rename)
-            if done is not None:
-                tier.chosen(number)
-                return _told(
-                    run,
-                    dataclasses.replace(done, seconds=time.perf_counter() - start, passed_over=tuple(passed_over)),
-                )
-            touched = touched or error
-            passed_over.append(f"step {candidate.step} in memory: {first_line(error) if error else 'nothing was read'}")
+
+        def load(number: int) -> tuple[Restored | None, CheckpointError | None]:
+            return _from_memory(run, tier, number, state, layout, strict=strict, rename=rename)
+
+        done, touched = _newest_in_memory(tier, _stored_step(run, tier, passed_over), load, passed_over)
+        if done is not None:
+            return told(done)
     try:
         loaded = run.load(state, None, layout, strict=strict, rename=rename)
     except NotFoundError:
@@ -118,18 +119,49 @@ def restore(
                 hints=("make the state anew before training from the beginning",),
             ) from touched
         if tier is not None:
-            tier.chosen(None)
+            tier.chosen(None, step=-1)
         return None
     if tier is not None:
-        tier.chosen(None)
-    done = Restored(
-        step=loaded.step,
-        tier="store",
-        seconds=time.perf_counter() - start,
-        nbytes=loaded.wanted_nbytes,
-        passed_over=tuple(passed_over),
-    )
-    return _told(run, done)
+        tier.chosen(None, step=loaded.step)
+    return told(Restored(step=loaded.step, tier="store", seconds=0.0, nbytes=loaded.wanted_nbytes))
+
+
+def _newest_in_memory(
+    tier: MemoryTier,
+    stored_step: int,
+    load: Callable[[int], tuple[Restored | None, CheckpointError | None]],
+    passed_over: list[str],
+) -> tuple[Restored | None, CheckpointError | None]:
+    """Load the newest snapshot that is not older than the store: what was done, and the first error of a load.
+
+    A load that fails has met damage that came after the last look: agents look again, at every byte, and it begins anew, once.
+    """
+    touched: CheckpointError | None = None
+    for last in (False, True):
+        failed = False
+        for number, candidate in enumerate(tier.candidates()):
+            if candidate.step < stored_step:
+                break
+            if not candidate.recoverable:
+                passed_over.append(
+                    f"step {candidate.step} in memory: of ranks {list(candidate.lost)} too little is left"
+                )
+                continue
+            done, error = load(number)
+            if done is not None:
+                tier.chosen(number, step=candidate.step)
+                return done, touched
+            touched, failed = touched or error, True
+            passed_over.append(f"step {candidate.step} in memory: {first_line(error) if error else 'nothing was read'}")
+            if not last:
+                break
+        if not failed or last:
+            break
+        try:
+            tier.look_again()
+        except CheckpointError as error:  # on every rank; what was known must do
+            passed_over.append(f"memory: {first_line(error)}")
+    return None, touched
 
 
 def _settle(run: Run, tier: MemoryTier, passed_over: list[str]) -> None:
@@ -172,8 +204,9 @@ def _from_memory(
     finally:
         if store is not None:
             store.close()
-    if not _all_well(run, error):
-        return None, error or RankFailedError("other ranks failed", kind="rank-failed")
+    if error is not None:  # on every rank: opening and loading agree on that
+        _refuse_mismatch(run, error)
+        return None, error
     done = Restored(
         step=candidate.step,
         tier="memory",
@@ -185,13 +218,14 @@ def _from_memory(
     return done, None
 
 
-def _all_well(run: Run, error: CheckpointError | None) -> bool:
-    """Whether all ranks have loaded. What is wrong with the state itself is raised: no other tier has another one."""
+def _refuse_mismatch(run: Run, error: CheckpointError) -> None:
+    """Raise what is wrong with the state itself, on some rank: no other tier has another one."""
     fatal = isinstance(error, MismatchError)
-    answers = run.world.all_gather(np.array([error is not None, fatal], np.uint8))
-    if any(answer[1] for answer in answers):
-        raise error or RankFailedError("the load failed on other ranks: their state does not fit", kind="rank-failed")
-    return not any(answer[0] for answer in answers)
+    answers = run.world.all_gather(np.array([fatal], np.uint8))
+    if fatal:
+        raise error
+    if any(answer[0] for answer in answers):
+        raise RankFailedError("the load failed on other ranks: their state does not fit", kind="rank-failed")
 
 
 def _told(run: Run, done: Restored) -> Restored:

@@ -35,8 +35,15 @@ from ckpt.engine.reader import StoredCheckpoint
 from ckpt.engine.save import SaveSession
 from ckpt.engine.torch_world import current_world
 from ckpt.engine.worker import Worker
-from ckpt.engine.world import World, raise_together
-from ckpt.errors import CheckpointError, NotFoundError, RankFailedError, SaveFailedError, first_line
+from ckpt.engine.world import World, gather_or_raise, raise_together
+from ckpt.errors import (
+    AlreadyExistsError,
+    CheckpointError,
+    NotFoundError,
+    RankFailedError,
+    SaveFailedError,
+    first_line,
+)
 from ckpt.events import Events, Operation, Outcome, Sink, Timeline
 from ckpt.format.spec import LocalState
 from ckpt.layout.layout import Layout
@@ -103,6 +110,7 @@ class Run:
         self._on_their_way: deque[tuple[PendingSave, Attempt | None]] = deque()
         self._failed: list[tuple[PendingSave, BaseException]] = []  # that nobody was told of yet
         self.skipped = 0  # saves, by the policy `when_busy`
+        self.resumed = False  # the job goes on from what an earlier start of it has left; see `_is_kept`
         LIVE.add(self)
 
     def prepare(self, state: State, layout: Layout | None, *, background: bool) -> None:
@@ -147,6 +155,8 @@ class Run:
             # The other ranks will find this save failed; it keeps its place, so that all act upon it at the same call.
             self._on_their_way.append((PendingSave.over(request.step, timeline, problem), None))
             self._on_their_way[-1][0].told = True
+            if failed is None and isinstance(problem, AlreadyExistsError) and self._is_kept(request.step):
+                return self._skip(request.step, timeline, f"step {request.step} is complete already")
             if failed is not None:
                 problem.add_note(failed.message)
             raise
@@ -202,6 +212,10 @@ class Run:
             _log.warning("the snapshot of step %d is not protected: %s", attempt.request.step, first_line(error))
             raise
 
+    def resume(self) -> None:
+        """The job goes on from here: what an earlier start of it may still complete is no mistake of this one's."""
+        self.resumed = self._session.may_appear = True
+
     def load_from(
         self, stored: StoredCheckpoint, state: State, layout: Layout | None, *, strict: bool, rename: Rename
     ) -> Loaded:
@@ -226,9 +240,8 @@ class Run:
                 pass
             except CheckpointError as problem:
                 error = problem
-        raise_together(self.world, error, "before anything changed")
-        answers = self.world.all_gather(np.array([found], np.int64).view(np.uint8))
-        return int(answers[0].copy().view(np.int64)[0])
+        answers = gather_or_raise(self.world, b"%d" % found, error, "before anything changed")
+        return int(answers[0])
 
     def _finish(self, attempt: Attempt) -> Saved:
         with self._told(attempt.timeline, attempt.request.step, attempt.id):
@@ -366,12 +379,21 @@ class Run:
         """Whether it is so on some rank: ranks must skip the same saves. The one word that policies other than wait cost."""
         return any(bool(answer[0]) for answer in self.world.all_gather(np.array([flag], np.uint8)))
 
-    def _skip(self, step: int, timeline: Timeline) -> PendingSave:
+    def _is_kept(self, step: int) -> bool:
+        """Whether an earlier start of this job has saved this step after all, after this one had gone on from an older step:
+        an agent that nobody could ask had it under way. That checkpoint is whole, and stands; a second one is not made."""
+        if not self.resumed or not self._session.is_stored(step):
+            return False
+        _log.warning("step %d is in %s already, saved by an earlier start of this job: it stands", step, self.store.url)
+        return True
+
+    def _skip(self, step: int, timeline: Timeline, why: str = "") -> PendingSave:
         self.skipped += 1
         timeline.add("call", timeline.start, time.perf_counter())
         timeline.add("total", timeline.start, time.perf_counter())
         self._tell_later(timeline, step, "", "skipped")
-        error = SaveFailedError(f"step {step} was skipped: the saves before it were not over", kind="skipped")
+        why = why or "the saves before it were not over"
+        error = SaveFailedError(f"step {step} was skipped: {why}", kind="skipped")
         return PendingSave.over(step, timeline, error, skipped=True)
 
     def _settle(self, limit: int) -> None:
@@ -384,20 +406,22 @@ class Run:
                 # This rank could not see it in time; the others did, and act upon what they saw.
                 _log.warning("step %d is complete after all: %s", pending.step, first_line(error))
                 error, changed = None, published
-            if error is not None and not pending.told:
-                self._failed.append((pending, error))
-                pending.told = True
+            self._note_failure(pending, error)
             if error is not None or changed:
                 self._session.plan_again()
             self._on_their_way.popleft()
 
+    def _note_failure(self, pending: PendingSave, error: BaseException | None) -> None:
+        """A failure that somebody is to be told of, once."""
+        if error is not None and not pending.told:
+            pending.told = True
+            if not self._is_kept(pending.step):
+                self._failed.append((pending, error))
+
     def _first_failure(self) -> SaveFailedError | None:
         """The earliest failure that nobody was told of, of saves that are settled and of those known to have failed."""
         for pending, _ in self._on_their_way:
-            error = pending.failure()
-            if error is not None and not pending.told:
-                self._failed.append((pending, error))
-                pending.told = True
+            self._note_failure(pending, pending.failure())
         if not self._failed:
             return None
         found, self._failed = self._failed, []

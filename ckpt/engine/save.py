@@ -43,6 +43,7 @@ from ckpt.snapshot.pack import Packer, PackProgram, Sources, bind
 from ckpt.snapshot.staging import Staging, changed_error
 from ckpt.store.base import Store
 
+_SILENT = ("agent-gone", "timeout", "bad-frame")  # errors of an agent that is dead, or as good as that
 _log = logging.getLogger("ckpt")
 
 
@@ -53,6 +54,7 @@ class SaveSession:
         self._store, self._world, self._options, self._keeper = store, world, options, keeper
         self._planner = Planner(world, options.chunk_bytes)
         self._count = 0
+        self.may_appear = False  # whether a step may be completed by an earlier start of this job
         self._sources: Sources | None = None
         self._images = Images(options.images_max)
         self._reserved_for = ""  # the session that the keeper has room for
@@ -161,7 +163,8 @@ class SaveSession:
                 return memory
         if not attempt.to_store:
             raise SaveFailedError(
-                f"step {step} was not kept in memory: the step before is not protected", kind="skipped"
+                f"step {step} was not kept in memory: the step before is not protected, or the agent does not answer",
+                kind="skipped",
             )
         return self._images.take(nbytes, pinned=pinned)
 
@@ -177,38 +180,34 @@ class SaveSession:
 
     def _finish_kept(self, attempt: Attempt) -> Saved:
         """Hand the image over to the agent, which protects and stores it; and hear what became of it."""
-        step, timeline, keeper, options = attempt.request.step, attempt.timeline, self._keeper, self._options
-        assert keeper is not None and attempt.staging is not None
-        memory, nbytes = attempt.staging.memory, attempt.program.layout.total_bytes
+        timeline, nbytes = attempt.timeline, attempt.program.layout.total_bytes
+        assert self._keeper is not None and attempt.staging is not None
+        changed: bool | None = None
         try:
             with self._telling_others(attempt):
                 for chunk in range(attempt.program.num_chunks):
                     attempt.staging.wait_for(chunk)
                 self._refuse_changed(attempt)
-                with timeline.phase("seal", nbytes=nbytes):
-                    payload = receipt.pack(self._receipt(attempt, whole=True))
-                    keeper.seal(
-                        memory,
-                        image_bytes=nbytes,
-                        receipt=payload,
-                        request=attempt.request,
-                        changed=attempt.changed,
-                    )
-                attempt.sealed = True
-                if attempt.to_store:
-                    with timeline.phase("write", nbytes=nbytes):
-                        timeout_s = options.commit_timeout_s + options.outcome_grace_s
-                        changed = self._stored(attempt, memory, timeout_s)
-                else:
-                    with timeline.phase("protect", nbytes=nbytes):
-                        changed = keeper.protected(step, attempt.id, options.protect_timeout_s)
+                try:
+                    changed = self._hand_over(attempt, self._keeper, attempt.staging.memory)
+                except AgentError as error:
+                    if (
+                        not attempt.to_store
+                        or error.kind not in _SILENT
+                        or not self._keeper.take_back(attempt.staging.memory)
+                    ):
+                        raise
+                    attempt.sealed = False
+                    _log.warning("step %d is stored without its agent: %s", attempt.request.step, error.message)
         except BaseException as error:
             self._put_back(attempt, error)
             raise
+        if changed is None:
+            return self._finish_here(attempt, after_agent=True)
         self._put_back(attempt, None)
         timeline.add("total", timeline.start, time.perf_counter(), nbytes=nbytes)
         return Saved(
-            step=step,
+            step=attempt.request.step,
             attempt=attempt.id,
             nbytes=nbytes,
             seconds=timeline.seconds(),
@@ -216,20 +215,26 @@ class SaveSession:
             tier="store" if attempt.to_store else "memory",
         )
 
-    def _stored(self, attempt: Attempt, memory: NDArray[np.uint8], timeout_s: float) -> bool:
-        """Let the agent store the image, and wait. One that dies may have left its receipt: rank 0 decides, and tells."""
-        assert self._keeper is not None
-        try:
-            self._keeper.flush(memory)
-            return self._keeper.stored(attempt.request.step, attempt.id, timeout_s)
-        except AgentError as error:
-            if self._world.rank == 0:
-                raise  # nobody else can publish it: it is aborted, unless it is published
-            _log.warning("step %d: its outcome is awaited without the agent: %s", attempt.request.step, error.message)
-            self._completion.report(attempt.request.step, attempt.id, error)
-            return self._completion.outcome(attempt.request.step, attempt.id, attempt.timeline)
+    def _hand_over(self, attempt: Attempt, keeper: Keeper, memory: NDArray[np.uint8]) -> bool:
+        """Whether a structure changed, once the image is stored, or protected if it is not for the store."""
+        step, timeline, options = attempt.request.step, attempt.timeline, self._options
+        nbytes = attempt.program.layout.total_bytes
+        with timeline.phase("seal", nbytes=nbytes):
+            payload = receipt.pack(self._receipt(attempt, whole=True))
+            keeper.seal(memory, image_bytes=nbytes, receipt=payload, request=attempt.request, changed=attempt.changed)
+        attempt.sealed = True
+        if not attempt.to_store:
+            with timeline.phase("protect", nbytes=nbytes):
+                return keeper.protected(step, attempt.id, options.protect_timeout_s)
+        with timeline.phase("write", nbytes=nbytes):
+            keeper.flush(memory)
+            return keeper.stored(step, attempt.id, options.commit_timeout_s + options.outcome_grace_s)
 
-    def _finish_here(self, attempt: Attempt) -> Saved:
+    def _finish_here(self, attempt: Attempt, *, after_agent: bool = False) -> Saved:
+        """
+        Args:
+            after_agent: an agent that is dead by now was at it, and may have done some of this, or all.
+        """
         step, timeline = attempt.request.step, attempt.timeline
         try:
             with self._completion.telling_others(step, attempt.id):
@@ -237,15 +242,19 @@ class SaveSession:
                     self._thin(attempt)
                 nbytes = attempt.written.layout.total_bytes
                 failpoints.hit("save.before-image")
-                with timeline.phase("write", nbytes=nbytes):
-                    direct = self._write_image(attempt)  # 1. this rank's image is durable
-                self._refuse_changed(attempt)
-                with collector_paused():
-                    # The agent of rank 0 may commit: it has not what an earlier receipt of this process said.
-                    payload = receipt.pack(self._receipt(attempt, whole=self._keeper is not None))
-                changed = self._completion.complete(  # 2. receipt, 3. index durable, 4. manifest
-                    attempt.request, attempt.id, payload, timeline, lambda: self._decide(attempt)
-                )
+                changed = self._completion.published_change(step, attempt.id) if after_agent else None
+                if changed is None:
+                    with timeline.phase("write", nbytes=nbytes):
+                        direct = self._write_image(attempt, after_agent=after_agent)  # 1. this rank's image is durable
+                    self._refuse_changed(attempt)
+                    with collector_paused():
+                        # The agent of rank 0 may commit: it has not what an earlier receipt of this process said.
+                        payload = receipt.pack(self._receipt(attempt, whole=self._keeper is not None))
+                    changed = self._completion.complete(  # 2. receipt, 3. index durable, 4. manifest
+                        attempt.request, attempt.id, payload, timeline, lambda: self._decide(attempt)
+                    )
+                else:
+                    direct = False
         except BaseException as error:
             self._earlier.drop()
             self._sent = None  # the committer may have the table of this attempt by now, and no longer the one before
@@ -268,6 +277,13 @@ class SaveSession:
     def published_change(self, attempt: Attempt) -> bool | None:
         """As `Completion.published_change`."""
         return self._completion.published_change(attempt.request.step, attempt.id)
+
+    def is_stored(self, step: int) -> bool:
+        """Whether a step is complete in the store, as far as that can be asked now."""
+        try:
+            return publishing.published_attempt(self._store, step) is not None
+        except CheckpointError:
+            return False
 
     def abandon(self, attempt: Attempt, error: CheckpointError) -> None:
         """Give up an attempt that another thread is finishing: stop its copies and tell the other ranks. Any thread.
@@ -336,8 +352,10 @@ class SaveSession:
                 return attempt
             try:
                 publishing.refuse_existing(self._store, request.step)
-            except AlreadyExistsError:
-                raise  # every rank sees it, and nothing is to be touched
+            except AlreadyExistsError as problem:
+                if self.may_appear:
+                    self._completion.report(request.step, attempt_id, problem)  # perhaps this rank alone sees it yet
+                raise  # else every rank sees it, and nothing is to be touched
             except CheckpointError as problem:
                 error = error or problem  # perhaps of this rank's way to the store alone
             with self._completion.telling_others(request.step, attempt_id):
@@ -432,9 +450,14 @@ class SaveSession:
 
     # writing
 
-    def _write_image(self, attempt: Attempt) -> bool:
+    def _write_image(self, attempt: Attempt, *, after_agent: bool) -> bool:
         """Returns whether the page cache was left out."""
-        key = f"{names.attempt_folder(attempt.request.step, attempt.id)}/{self._file_name}"
+        step, rank, world = attempt.request.step, self._world.rank, self._world.size
+        key = f"{names.attempt_folder(step, attempt.id)}/{self._file_name}"
+        if after_agent:
+            if self._store.exists(names.receipt_key(step, attempt.id, rank, world)):
+                return False  # it is durable
+            self._store.delete([key])  # a part of it, perhaps: nobody else writes there
         if attempt.thinned is not None and attempt.thinned.packer is not None:
             return self._flusher.write(key, attempt.thinned.program, attempt.thinned.packer, None)
         return self._flusher.write(key, attempt.program, attempt.packer, attempt.staging)

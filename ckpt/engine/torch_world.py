@@ -20,6 +20,8 @@ from torch.distributed.distributed_c10d import _get_default_group, _get_default_
 from ckpt.engine.world import AloneWorld, World
 from ckpt.errors import RankFailedError
 
+_SHORT_BYTES = 4088  # of a message that goes with its size
+
 # Per default group and set of ranks: how many worlds were made of it.
 _num_made: WeakKeyDictionary[dist.ProcessGroup, Counter[tuple[int, ...]]] = WeakKeyDictionary()
 
@@ -50,16 +52,25 @@ class TorchWorld:
             raise self._missing(error) from error
 
     def all_gather(self, data: NDArray[np.uint8]) -> list[NDArray[np.uint8]]:
-        size = torch.tensor([len(data)], dtype=torch.int64)
-        sizes = [torch.zeros(1, dtype=torch.int64) for _ in range(self.size)]
-        self._wait(self._group.allgather(sizes, size))
-        longest = max(int(n) for n in sizes)
+        """Sizes and what is short in one round of the group, what is longer in a second one: a round takes milliseconds."""
+        head = torch.zeros(8 + _SHORT_BYTES, dtype=torch.uint8)
+        head[:8] = torch.tensor([len(data)], dtype=torch.int64).view(torch.uint8)
+        whole = torch.from_numpy(np.array(data))  # a copy: the caller's may be read-only
+        head[8 : 8 + len(data)] = whole[:_SHORT_BYTES]
+        heads = self._round(head)
+        sizes = [int(one[:8].view(torch.int64)[0]) for one in heads]
+        longest = max(sizes)
+        if longest <= _SHORT_BYTES:
+            return [one.numpy()[8 : 8 + size] for one, size in zip(heads, sizes, strict=True)]
         padded = torch.zeros(longest, dtype=torch.uint8)
-        padded[: len(data)] = torch.from_numpy(np.array(data))  # a copy: the caller's may be read-only
-        out = [torch.empty(longest, dtype=torch.uint8) for _ in range(self.size)]
-        if longest:
-            self._wait(self._group.allgather(out, padded))
-        return [tensor.numpy()[: int(n)] for tensor, n in zip(out, sizes, strict=True)]
+        padded[: len(data)] = whole
+        return [one.numpy()[:size] for one, size in zip(self._round(padded), sizes, strict=True)]
+
+    def _round(self, mine: torch.Tensor) -> list[torch.Tensor]:
+        """What every rank has of the same size."""
+        out = [torch.empty_like(mine) for _ in range(self.size)]
+        self._wait(self._group.allgather(out, mine))
+        return out
 
     def all_to_all(
         self, send: NDArray[np.uint8], sizes: list[int], receive: NDArray[np.uint8], incoming: list[int]

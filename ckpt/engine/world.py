@@ -50,10 +50,16 @@ def raise_together(world: World, error: CheckpointError | None, state: str) -> N
     Args:
         state: what is known of the target, for the message.
     """
-    text = "" if error is None else error.message
-    answers = world.all_gather(np.frombuffer(text.encode(), np.uint8))
+    gather_or_raise(world, b"", error, state)
+
+
+def gather_or_raise(world: World, data: bytes, error: CheckpointError | None, state: str) -> list[bytes]:
+    """The `data` of every rank; when some rank has an error instead, raise as `raise_together` does. One exchange."""
+    text = b"\0" + data if error is None else b"\1" + error.message.encode()
+    answers = [answer.tobytes() for answer in world.all_gather(np.frombuffer(text, np.uint8))]
     if error is not None:
         raise error
-    failed = [f"rank {rank}: {answer.tobytes().decode()}" for rank, answer in enumerate(answers) if len(answer)]
+    failed = [f"rank {rank}: {answer[1:].decode()}" for rank, answer in enumerate(answers) if answer[:1] == b"\1"]
     if failed:
         raise RankFailedError(f"the load failed on other ranks, {state}; {'; '.join(failed)}")
+    return [answer[1:] for answer in answers]

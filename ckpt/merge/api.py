@@ -24,6 +24,7 @@ from ckpt.merge.nodes import Node, read_yaml
 from ckpt.merge.on_ray import OnRay
 from ckpt.merge.plan import MergePlan
 from ckpt.merge.processes import Processes
+from ckpt.merge.recalibrate import Recalibrate, merge_and_recalibrate
 from ckpt.merge.recipe import Recipe, from_document, recipe_of
 from ckpt.merge.run import Here, MakeRunner, Merged, Runner, again, begin, carry_out, planned, recipe_again
 from ckpt.store.base import Store
@@ -51,6 +52,7 @@ def merge(
     memory: int | str | None = None,
     workers: int | None = None,
     ray: str | None = None,
+    recalibrate: Recalibrate | None = None,
     options: Options | None = None,
     storage_options: Mapping[str, Any] | None = None,
     progress: Progress | None = None,
@@ -75,6 +77,8 @@ def merge(
         memory: bytes (or `4GiB`) that all processes together may take; None: a few hundred MiB, more where a method gains by it.
         workers: processes; 1 when nothing is said. With more a method must be one that they can import.
         ray: do the work on a Ray cluster, `workers` tasks at a time: its address, `auto`, or `local` for one of this machine.
+        recalibrate: called with the merged checkpoint, opened, before it can be seen; what it gives (arrays by the names of
+            tensors: running statistics that it measured with the merged weights) takes the place of what was merged.
         storage_options: for all URLs that are not local.
 
     Raises:
@@ -102,8 +106,23 @@ def merge(
     chosen = config.from_environment(options)
     with _opened(recipe.output, chosen, storage_options) as store, plan_merge(recipe, options, storage_options) as made:
         num = check_workers(made, recipe.workers or 1)
-        job = begin(made, store, chosen, workers=num)
-        return carry_out(job, runner_of(num, storage_options, ray), progress)
+        runner = runner_of(num, storage_options, ray)
+
+        def merge_into(target: Store) -> Merged:
+            return carry_out(begin(made, target, chosen, workers=num), runner, progress)
+
+        if recalibrate is None:
+            return merge_into(store)
+        return merge_and_recalibrate(
+            merge_into,
+            recalibrate,
+            url=recipe.output,
+            step=made.step,
+            into=store,
+            options=chosen,
+            open_at=open_at(chosen, storage_options),
+            runner=runner,
+        )
 
 
 @contextmanager

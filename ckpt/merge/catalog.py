@@ -69,7 +69,7 @@ def match(opened: Opened, recipe: Recipe) -> Catalog:
         else:
             entries.append(_entry(name, specs[name], decision, opened, recipe))
     dropped += [(name, "; ".join(texts)) for name, texts in sorted(differences.items()) if name not in decisions]
-    if not any(entry.decision.policy == "combine" for entry in entries):
+    if not any(entry.decision.policy == "combine" or entry.decision.rule for entry in entries):
         raise MismatchError(
             "no tensor is left to combine" + (": the sources have none in common" if differences else ""),
             kind="nothing-to-merge",

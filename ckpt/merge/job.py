@@ -66,7 +66,7 @@ class Job:
 
     def __init__(self, plan: MergePlan, into: Store, attempt: str, limits: Limits, options: Options) -> None:
         self.plan, self.into, self.attempt, self.limits, self.options = plan, into, attempt, limits, options
-        self.metadata: Mapping[str, Any] = {}  # of the checkpoint, beside its lineage
+        self.metadata: Mapping[str, Any] = {}  # of the checkpoint, beside its lineage or in its place
 
     @property
     def step(self) -> int:
@@ -180,7 +180,7 @@ class Job:
         stored = newest.manifest if isinstance(newest, StoredCheckpoint) else None
         assembled = Assembler(PROGRAM).assemble(
             found,
-            metadata={**self.metadata, "merge": lineage_of(self.plan)},
+            metadata={"merge": lineage_of(self.plan), **self.metadata},
             metrics={},
             layout=None if stored is None else stored.layout,
         )

@@ -1,8 +1,8 @@
 """Do the tasks of a merge on the nodes of a Ray cluster (`pip install 'ckpt[ray]'`).
 
-In: a job. Out: its tasks, done. One task of the merge is one Ray task, so Ray decides where it runs and starts it anew when a node
-is lost; a task that was done half leaves nothing behind. The sources and the result must be reachable from every node under the
-same URLs.
+In: a job. Out: its tasks, done. One task of the merge is one Ray task, so Ray decides where it runs and starts it anew when a
+node is lost; a task that was done half leaves nothing behind. Sources and result must be reachable from every node under the same
+URLs.
 """
 
 from __future__ import annotations

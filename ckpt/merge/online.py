@@ -314,6 +314,6 @@ def pin_rule(rule: OnlineAverage, newest: int | None) -> Pin:
     """
     name, why = pin_name(rule), f"the average in {rule.into}"
     if rule.method == "window":
-        return Pin(name=name, why=why, last=rule.last * rule.every)
+        return Pin(name=name, why=why, last=rule.last, every=rule.every)
     after = rule.first_step - 1 if newest is None else newest
-    return Pin(name=name, why=why, last=rule.backlog_max, after=after if after >= 0 else None)
+    return Pin(name=name, why=why, last=rule.backlog_max, after=after if after >= 0 else None, every=rule.every)

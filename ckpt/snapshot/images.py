@@ -7,15 +7,13 @@ the driver's). Never more than `images_max` at a time: who asks for one more wai
 from __future__ import annotations
 
 import contextlib
-import logging
 import mmap
 import threading
-import weakref
 
 import numpy as np
 from numpy.typing import NDArray
 
-_log = logging.getLogger("ckpt")
+from ckpt.snapshot import pinned as pins
 
 
 def allocate(nbytes: int) -> NDArray[np.uint8]:
@@ -62,14 +60,14 @@ class Images:
             raise
 
     def _fit(self, found: NDArray[np.uint8] | None, nbytes: int, *, pinned: bool, touched: bool) -> NDArray[np.uint8]:
-        if found is not None and len(found) >= nbytes and (not pinned or _is_pinned(found)):
+        if found is not None and len(found) >= nbytes and (not pinned or pins.is_registered(found)):
             return found
         if found is not None:
-            _unpin(found)
+            pins.unregister(found)
             del found  # before the next one is made: the budget holds at every moment
         image = allocate(nbytes) if touched else _reserve(nbytes)
         if pinned:
-            _pin(image)
+            pins.register(image, owner=image)
         return image
 
     def give_back(self, image: NDArray[np.uint8]) -> None:
@@ -83,36 +81,4 @@ class Images:
         with self._lock:
             free, self._free = self._free, []
         for image in free:
-            _unpin(image)
-
-
-_pinned: dict[int, int] = {}  # address -> bytes of what is registered with CUDA
-
-
-def _pin(image: NDArray[np.uint8]) -> None:
-    """Register with CUDA (`cudaHostRegister`). Where it refuses, copies go on, slower, and the log says so once."""
-    import torch
-
-    error = torch.cuda.cudart().cudaHostRegister(image.ctypes.data, len(image), 0)  # type: ignore[no-untyped-call]
-    if int(error):
-        _log.warning(
-            "CUDA refused to register %d bytes of host memory (error %d): copies are slower", len(image), error
-        )
-        return
-    _pinned[image.ctypes.data] = len(image)
-    weakref.finalize(image, _unregister, image.ctypes.data)  # a mapping must not end while it is registered
-
-
-def _is_pinned(image: NDArray[np.uint8]) -> bool:
-    return image.ctypes.data in _pinned
-
-
-def _unpin(image: NDArray[np.uint8]) -> None:
-    _unregister(image.ctypes.data)
-
-
-def _unregister(address: int) -> None:
-    if _pinned.pop(address, None) is not None:
-        import torch
-
-        torch.cuda.cudart().cudaHostUnregister(address)  # type: ignore[no-untyped-call]
+            pins.unregister(image)

@@ -26,12 +26,10 @@ from ckpt.config import Options
 from examples.recovery.network import Network, Place
 
 ROOT = Path(__file__).resolve().parents[2]
-NODES = (
-    3,
-    4,
-)  # least and most; more than half, or fresh nodes would start by themselves before the others have noticed
+# Least and most; more than half, or fresh nodes would start by themselves before the others have noticed.
+NODES = (3, 4)
 LAST_CALL_S = 5  # after which a start waits no longer for more nodes
-END_S = 20.0
+END_S = 60.0  # for what has been killed, or told that the job is over
 
 
 @dataclass(kw_only=True)
@@ -167,6 +165,13 @@ class Cluster:
         shutil.rmtree(self._runtime, ignore_errors=True)
 
 
+def is_alive(process: psutil.Process) -> bool:
+    """Whether it runs. One that has ended counts as gone, also before somebody has waited for it."""
+    with suppress(psutil.NoSuchProcess):
+        return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
+    return False
+
+
 def _kill(process: psutil.Process) -> None:
     with suppress(psutil.NoSuchProcess):
         process.send_signal(signal.SIGKILL)
@@ -178,4 +183,4 @@ def wait_until(condition: Callable[[], bool], timeout_s: float, what: str) -> No
     while not condition():
         if time.monotonic() > deadline:
             raise TimeoutError(f"{what}: not within {timeout_s:.0f} s")
-        time.sleep(0.05)
+        time.sleep(0.02)

@@ -21,7 +21,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # run as a script: the root of the repository
 
-from examples.recovery.cluster import Cluster, Node, wait_until
+from examples.recovery.cluster import END_S, Cluster, Node, is_alive, wait_until
 from examples.recovery.network import make_network
 from examples.recovery.train import undisturbed
 
@@ -132,7 +132,7 @@ class Story:
         """By its failpoint, in the middle of what it does."""
         wait_until(lambda: bool(node.agents()), BACK_S, f"{node.name} has no agent")
         agents = node.agents()
-        wait_until(lambda: not any(one.is_running() for one in agents), BACK_S, f"the agent of {node.name} lives on")
+        wait_until(lambda: not any(map(is_alive, agents)), BACK_S, f"the agent of {node.name} lives on")
 
     def end(self) -> None:
         """The job comes to its end by itself."""
@@ -141,9 +141,12 @@ class Story:
         codes = [node.torchrun.returncode for node in nodes]
         if any(codes):
             raise DemoError(f"torchrun ended with {codes}")
-        left = [str(path) for node in nodes for path in node.memory.rglob("*.seg")]
-        if left:
-            raise DemoError(f"shared memory is left: {left}")
+        # An agent that was told that the job is over lets the others hear of the last votes first.
+        wait_until(
+            lambda: not any(path for node in nodes for path in node.memory.rglob("*.seg")),
+            END_S,
+            "shared memory is left",
+        )
 
     def losses(self) -> dict[int, list[float]]:
         """By step, as often as it was done."""
@@ -173,6 +176,8 @@ def judge(row: Row, expected: Expected) -> list[str]:
     """What is not as it should be."""
     restored, problems = row.restored, []
     tier = "nothing" if restored is None else str(restored["tier"])
+    if restored is not None and (tier, expected.tier) == ("store", "memory") and restored["step"] > row.kept:
+        return problems  # a save that ended between the agent's death and that of its node: newer than what memory had
     if tier != expected.tier:
         problems.append(f"expected to come back from {expected.tier}, found {tier}")
     if restored is not None and tier == expected.tier == "memory":

@@ -74,7 +74,9 @@ class Namespaces:
         self._made: set[int] = set()
         self.host = f"{self._subnet}.254"
         try:
-            _ip("link", "add", self._bridge, "type", "bridge")
+            # A fixed address: a bridge takes the lowest of its ports' else, so that with every node that comes or goes all others
+            # may send to an address that is gone, until the entry in their tables has aged (45 s and more were seen).
+            _ip("link", "add", self._bridge, "address", _bridge_address(self._id), "type", "bridge")
             _ip("addr", "add", f"{self.host}/24", "dev", self._bridge)
             _ip("link", "set", self._bridge, "up")
             self.add(_TRIAL)
@@ -140,6 +142,11 @@ class Namespaces:
             _ip("link", "del", self._bridge)
         except OSError:
             pass  # nor was the bridge
+
+
+def _bridge_address(number: int) -> str:
+    """A hardware address of local administration."""
+    return ":".join(["02", "c7", *(f"{number >> shift & 0xFF:02x}" for shift in (24, 16, 8, 0))])
 
 
 def _ip(*words: str) -> None:

@@ -58,6 +58,8 @@ def train_step(model: nn.Module, optimizer: torch.optim.Optimizer, step: int, gr
 
 def undisturbed(steps: int) -> dict[int, float]:
     """The losses of a run that nothing happens to: one process, no checkpoints."""
+    # As the ranks; and two threads that share a busy processor wait for each other for a minute.
+    torch.set_num_threads(1)
     model, optimizer = build()
     return {step: train_step(model, optimizer, step) for step in range(1, steps + 1)}
 

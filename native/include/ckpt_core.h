@@ -158,8 +158,10 @@ typedef struct ckpt_read_results {
   int32_t direct_refused; /* 1: a file that was opened for it could not be read so, and was read through the cache */
 } ckpt_read_results;
 
-/* Read every chunk whole, verify all its blocks, and only then copy its boxes. Threads share out the chunks in order. Memory that
- * is copied must lie in blocks of the same chunk to be covered by this promise. On a refusal `bad_row` is the box at fault or -1. */
+/* Read every chunk whole, verify all its blocks, and only then copy its boxes. Of what is mapped, every block is verified before a
+ * byte of it is copied; of a damaged chunk, bytes before the damage may be copied. Threads share out the chunks in order. Memory
+ * that is copied must lie in blocks of the same chunk to be covered by this promise. On a refusal `bad_row` is the box at fault
+ * or -1. */
 ckpt_status ckpt_read_chunks(const ckpt_reads *reads, ckpt_read_results *results, int64_t *bad_row);
 
 /* Erasure coding over GF(2^8) with polynomial x^8 + x^4 + x^3 + x^2 + 1 (0x11D). A code makes n = k + m pieces of k: pieces

@@ -5,6 +5,8 @@
 #include <algorithm>
 #include <cstring>
 
+#include "stream_copy.h"
+
 namespace ckpt {
 namespace {
 
@@ -98,7 +100,7 @@ void simplify(Row* row) {
 
 void copy_row(Row* row) {
   if (row->num_dims == 0) {
-    std::memcpy(row->target, row->source, static_cast<size_t>(row->run));
+    vector_copy(row->target, row->source, static_cast<size_t>(row->run));
     return;
   }
   pair_transposed_dims(row);

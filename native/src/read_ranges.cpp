@@ -1,6 +1,6 @@
 // Read chunks of files on several threads, verify each chunk's blocks, and copy boxes out of it. In: columns of chunks, blocks
 // and boxes. Out: copied bytes, and what became of each chunk. Never copies a byte out of a chunk with a block that is not what
-// its checksum says, never holds more than one chunk per thread, never writes outside a box's limits.
+// its checksum says (of what is mapped: out of such a block), never holds more than one chunk per thread, never writes outside a box's limits.
 
 #include <fcntl.h>
 #include <sys/syscall.h>
@@ -16,6 +16,7 @@
 
 #include "box_row.h"
 #include "ckpt_core.h"
+#include "stream_copy.h"
 #include "workers.h"
 
 namespace ckpt {
@@ -120,15 +121,58 @@ class Reader {
     return CKPT_READ_DONE;
   }
 
-  // What is mapped is verified and copied where it lies.
+  // What is mapped is verified and copied where it lies, some blocks at a time, so that memory is read once: the copy finds in a
+  // second-level cache what was summed. No byte is copied before its block is verified; of a damaged chunk, those before it may be.
   int32_t in_memory(int64_t chunk, int32_t file, int64_t start) {
     const auto* data = reinterpret_cast<const std::byte*>(static_cast<uintptr_t>(reads_.memory[file])) + start;
+    const bool ordered = is_ordered(chunk);
+    Copied copied{reads_.copy_starts[chunk], 0, start};
     bool sound = true;
-    for (int64_t b = reads_.block_starts[chunk]; b < reads_.block_starts[chunk + 1]; ++b) sound = verify(b, data, start) && sound;
+    for (int64_t b = reads_.block_starts[chunk]; b < reads_.block_starts[chunk + 1]; ++b) {
+      sound = verify(b, data, start) && sound;
+      const int64_t verified = reads_.block_stop[b];
+      if (sound && ordered && verified - copied.limit >= kPieceBytes / 2) copy_up_to(chunk, data, start, verified, &copied);
+    }
     cached_bytes_.fetch_add(reads_.stop[chunk] - start);
     if (!sound) return CKPT_READ_DAMAGED;
-    copy(chunk, data, start);
+    copy_up_to(chunk, data, start, INT64_MAX, &copied);
     return CKPT_READ_DONE;
+  }
+
+  // How far the rows of a chunk are copied: row `row` up to its byte `done`, all before it, none after it.
+  struct Copied {
+    int64_t row, done, limit;
+  };
+
+  // Whether blocks and rows are sorted by where they begin: then what ends before a block's end is in blocks up to that one.
+  bool is_ordered(int64_t chunk) const {
+    const int64_t *blocks = reads_.block_starts + chunk, *rows = reads_.copy_starts + chunk;
+    return std::is_sorted(reads_.block_start + blocks[0], reads_.block_start + blocks[1]) &&
+           std::is_sorted(reads_.copies.source + rows[0], reads_.copies.source + rows[1]);
+  }
+
+  // Go on with the rows as far as they lie before byte `limit` of the file. It comes once, so it goes past the caches.
+  void copy_up_to(int64_t chunk, const std::byte* data, int64_t start, int64_t limit, Copied* copied) {
+    copied->limit = limit;
+    Row row;
+    for (; copied->row < reads_.copy_starts[chunk + 1]; ++copied->row, copied->done = 0) {
+      read_row(reads_.copies, copied->row, &row);
+      if (row.run == 0) continue;
+      const auto source = static_cast<int64_t>(reads_.copies.source[copied->row]);
+      if (source >= limit) return;
+      row.source = data + (source - start);
+      simplify(&row);
+      if (row.num_dims > 0) {
+        int64_t extent;
+        if (!extent_of(row.dims, row.num_dims, row.run, &Dim::source_stride, &extent) || extent > limit - source) return;
+        copy_row(&row);
+        continue;
+      }
+      const int64_t to = std::min(row.run, limit - source), done = copied->done;
+      stream_copy(row.target + done, row.source + done, static_cast<size_t>(to - done));
+      copied->done = to;
+      if (to < row.run) return;
+    }
   }
 
   bool verify(int64_t block, const std::byte* data, int64_t start) {

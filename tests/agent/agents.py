@@ -28,7 +28,7 @@ NBYTES = 3 * 1024 * 1024 + 17  # what an agent holds, unless it is told otherwis
 IMAGE = Key(run_id=RUN, step=7, attempt="a1", kind="image", rank=0)
 PARITY = Key(run_id=RUN, step=7, attempt="a1", kind="parity", group=1, stripe=2, row=0)
 CHUNK = 64 * 1024
-OPTIONS = Options(peer_connect_s=5.0, peer_progress_s=1.0, peer_chunk_bytes=CHUNK)
+OPTIONS = Options(peer_connect_s=5.0, peer_progress_s=2.0, peer_chunk_bytes=CHUNK)
 START_S = 60.0
 
 

@@ -37,7 +37,7 @@ def options() -> Iterator[Options]:
         agent_reserve_bytes=0,
         agent_lease_s=30.0,
         agent_heartbeat_s=0.2,
-        agent_call_timeout_s=20.0,
+        agent_call_timeout_s=60.0,
         agent_stop_grace_s=5.0,
     )
     try:
@@ -50,6 +50,14 @@ def options() -> Iterator[Options]:
     finally:
         shutil.rmtree(memory, ignore_errors=True)
         shutil.rmtree(runtime, ignore_errors=True)
+
+
+@pytest.fixture
+def folders(options: Options) -> Iterator[Options]:
+    """As `options`; the agents of a test end with it."""
+    yield options
+    for found in discover.agents(options):
+        discover.stop(found, options, force=True)
 
 
 @pytest.fixture
@@ -109,7 +117,7 @@ def trainer(identity: Identity, options: Options) -> Iterator[Callable[[], Train
         discover.stop(found, options, force=True)
 
 
-def until(condition: Callable[[], bool], timeout_s: float = 15.0) -> None:
+def until(condition: Callable[[], bool], timeout_s: float = 60.0) -> None:
     deadline = time.monotonic() + timeout_s
     while not condition():
         assert time.monotonic() < deadline, "it did not come true in time"

@@ -79,9 +79,20 @@ class Rank:
 class Group:
     """Ranks of one run. `groups` are the members of each; `options` may differ by rank."""
 
-    def __init__(self, options: Options, groups: Sequence[Sequence[int]], **changes: dict[int, Any]) -> None:
+    def __init__(
+        self,
+        options: Options,
+        groups: Sequence[Sequence[int]],
+        *,
+        run_id: uuid.UUID | None = None,
+        **changes: dict[int, Any],
+    ) -> None:
+        """
+        Args:
+            run_id: of agents that may live already.
+        """
         self.groups, self.world = groups, sum(map(len, groups))
-        run = uuid.uuid4()
+        run = run_id or uuid.uuid4()
         self.ranks = []
         for rank in range(self.world):
             mine = {name: values[rank] for name, values in changes.items() if rank in values}
@@ -97,7 +108,7 @@ class Group:
     def states(self, step: int) -> list[str]:
         return [one.state(step) for one in self.ranks]
 
-    def until_decided(self, step: int, timeout_s: float) -> list[str]:
+    def until_decided(self, step: int, timeout_s: float = 60.0) -> list[str]:
         """The states of all ranks once none is under way."""
         until(lambda: "protecting" not in self.states(step), timeout_s)
         return self.states(step)
@@ -123,4 +134,4 @@ def attempt(step: int) -> str:
 
 def quick(options: Options, **changes: Any) -> Options:
     """For tests that wait for what does not come."""
-    return dataclasses.replace(options, protect_timeout_s=20.0, peer_connect_s=2.0, peer_progress_s=2.0, **changes)
+    return dataclasses.replace(options, protect_timeout_s=60.0, peer_connect_s=5.0, peer_progress_s=5.0, **changes)

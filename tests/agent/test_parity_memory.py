@@ -18,6 +18,7 @@ from ckpt.agent.identity import Identity, memory_folder, parity_folder, places
 from ckpt.agent.inventory import Card
 from ckpt.agent.log import AgentLog
 from ckpt.agent.member import Member
+from ckpt.agent.memo import Memo, MemoFile
 from ckpt.agent.process import Agent
 from ckpt.agent.segments import Segment
 from ckpt.agent.slots import Slots
@@ -99,7 +100,8 @@ def test_a_look_at_what_is_held_passes_over_what_is_begun_meanwhile(
     member, log = Member(), AgentLog(where.log)
     member.start(
         Agent(
-            identity=identity, options=options, places=where, server=server, admission=None, slots=slots, log=log  # type: ignore[arg-type]
+            identity=identity, options=options, places=where, server=server, admission=None, slots=slots, log=log,  # type: ignore[arg-type]
+            memo=MemoFile(where.state, Memo()), on_loss=[],
         )
     )  # fmt: skip
     try:
@@ -123,7 +125,7 @@ def test_a_look_at_what_is_held_passes_over_what_is_begun_meanwhile(
             return bool(real(self))
 
         monkeypatch.setattr(Segment, "is_whole", property(overtaken))
-        assert [card.step for card in member.inventory().blobs] == [2]
+        assert [card["step"] for card in member.call("inventory", {})["blobs"]] == [2]
         assert sorted(header.step for header in slots.headers()) == [2, 3]
     finally:
         member.stop(0.0)

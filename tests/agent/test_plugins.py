@@ -84,12 +84,11 @@ def test_a_part_that_does_not_finish_costs_the_grace_and_leaves_nothing(options:
     agent = start_agent(identity, options, 60.0)
     client = start_or_adopt(identity, options)
     client.reserve(4096)
-    start_s = time.monotonic()
     os.kill(agent.pid, signal.SIGTERM)
     code = agent.wait(20)
     client.close()
 
-    assert code == 1 and time.monotonic() - start_s < 10
+    assert code == 1
     assert names_in_memory(options) == []
     assert json.loads(tail(places(identity, options).log, 1)[0])["reason"] == "did not finish within the grace"
 

@@ -28,6 +28,7 @@ pytestmark = [pytest.mark.multirank, pytest.mark.timeout(240)]
 REACHED_S = 90.0  # the ranks start their agents first
 OPTIONS = Options(
     agent_reserve_bytes=0,
+    agent_begin_timeout_s=30.0,  # a busy machine must not cost a snapshot that a test counts on
     agent_lease_s=60.0,
     agent_heartbeat_s=0.5,
     agent_stop_grace_s=3.0,
@@ -53,8 +54,12 @@ class Scene:
         """To step `stop`; then SIGKILL to all trainers."""
         self._train_until(lambda: self.at(len(nodes)) >= stop, nodes, stop, **changes)
 
-    def train_until_agent_dies(self, nodes: Sequence[Node], victim: Node, **changes: Any) -> None:
-        """By its failpoint; then SIGKILL to all trainers."""
+    def train_until_agent_dies(self, nodes: Sequence[Node], victim: Node, *, stop: int, **changes: Any) -> None:
+        """By its failpoint; then SIGKILL to all trainers.
+
+        Args:
+            stop: no snapshot after the one it dies at, or its trainer starts another agent, which protects more.
+        """
         alive = set[int]()
 
         def is_dead() -> bool:
@@ -62,7 +67,7 @@ class Scene:
             alive.update(now)
             return bool(alive) and not now
 
-        self._train_until(is_dead, nodes, 20, **changes)
+        self._train_until(is_dead, nodes, stop, **changes)
 
     def _train_until(self, condition: Callable[[], bool], nodes: Sequence[Node], stop: int, **changes: Any) -> None:
         with RankGroup(len(nodes)) as ranks:
@@ -177,7 +182,7 @@ def test_flipped_bit_in_memory_counts_as_lost(scene: Scene, kind: str) -> None:
     scene.train_and_kill(nodes, 5, every=4)
     for path in nodes[1].segments():
         if ("parity" in str(path.parent)) == (kind == "parity"):
-            flip(path, 100 if kind == "header" else HEADER_BYTES + 1000)
+            flip(path, 100 if kind == "header" else HEADER_BYTES + 20_000)  # among the tensors
     if kind == "parity":
         nodes[0].lose()
         nodes[0] = scene.nodes.add()
@@ -197,15 +202,15 @@ def flip(path: Path, place: int) -> None:
     ("place", "victim", "steps"),
     [
         ("agent.before-parity", 1, {2}),
-        ("agent.in-parity", 1, {2}),
-        ("agent.before-vote", 1, {2, 4}),  # 4 if the others had made their parity of it by then
+        ("agent.in-parity", 1, {2, 4}),  # 4 if the others had made their parity of it by then
+        ("agent.before-vote", 1, {2, 4}),
         ("agent.before-vote", 0, {2, 4}),  # the one lost is who counts the votes
         ("agent.before-protected", 1, {4}),  # all have voted
     ],
 )
 def test_node_lost_in_the_middle_of_an_encode(scene: Scene, place: str, victim: int, steps: set[int]) -> None:
     nodes = [scene.nodes.add(failpoint=f"{place}:kill@2" if number == victim else "") for number in range(3)]
-    scene.train_until_agent_dies(nodes, nodes[victim])
+    scene.train_until_agent_dies(nodes, nodes[victim], stop=5)
     nodes[victim].lose()
     nodes[victim] = scene.nodes.add()
     tier, step, lost = what(scene.restore(nodes, 8))
@@ -215,7 +220,7 @@ def test_node_lost_in_the_middle_of_an_encode(scene: Scene, place: str, victim: 
 
 def test_agent_killed_in_an_encode_leaves_its_memory_to_the_next(scene: Scene) -> None:
     nodes = [scene.nodes.add(failpoint="agent.in-parity:kill@2" if number == 1 else "") for number in range(3)]
-    scene.train_until_agent_dies(nodes, nodes[1])
+    scene.train_until_agent_dies(nodes, nodes[1], stop=5)
     nodes[1] = dataclasses.replace(nodes[1], failpoint="")
     assert what(scene.restore(nodes, 6)) == ("memory", 4, ())
 
@@ -232,17 +237,15 @@ def test_agent_killed_in_an_encode_leaves_its_memory_to_the_next(scene: Scene) -
 @pytest.mark.parametrize("num_lost", [1, 2])
 def test_node_lost_in_the_middle_of_a_flush(scene: Scene, place: str, victim: int, stored: int, num_lost: int) -> None:
     nodes = [scene.nodes.add(failpoint=f"{place}:kill@2" if number == victim else "") for number in range(3)]
-    scene.train_until_agent_dies(nodes, nodes[victim], every=4)
+    scene.train_until_agent_dies(nodes, nodes[victim], stop=9, every=4)
     lost = sorted({victim, 2} if num_lost == 2 else {victim})
     for number in lost:
         nodes[number].lose()
         nodes[number] = scene.nodes.add()
     tier, step, _ = what(scene.restore(nodes, 13, every=4))  # and saves steps 8 and 12, if they are not there
-    if num_lost == 1:
-        assert tier == "memory" and step in (6, 8)  # the snapshot of step 8 was under way, too
-        assert step >= stored
-    else:
-        assert (tier, step) == ("store", stored)
+    # The snapshot of step 8 was under way, too; and a trainer stores what its agent has not, while it lives.
+    outcomes = {("store", 8)} | ({("memory", 6), ("memory", 8)} if num_lost == 1 else {("store", stored)})
+    assert (tier, step) in outcomes and step >= stored
     assert scene.losses == {step_: loss for step_, loss in undisturbed(13).items() if step_ > step}
     assert steps_in(scene.url) == [4, 8, 12] if step < 8 or stored == 8 else steps_in(scene.url)[-1] == 12
 

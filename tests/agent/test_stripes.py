@@ -14,7 +14,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from ckpt.agent.stripes import BLOCK_ALIGN, Block, Plan, Step, Stripes, encode_plan, rebuild_plan
+from ckpt.agent.pieces import piece_bytes_of
+from ckpt.agent.stripes import Block, Plan, Step, Stripes, encode_plan, rebuild_plan
 from ckpt.errors import InvalidInputError
 from ckpt.kernels import choice, code_blocks, code_for
 
@@ -32,8 +33,9 @@ def geometries(draw: st.DrawFn) -> Stripes:
 @given(geometries())
 def test_every_byte_of_every_image_is_data_of_one_block(stripes: Stripes) -> None:
     n, m = stripes.num_members, stripes.num_parity
-    assert stripes.block_bytes % BLOCK_ALIGN == 0
-    assert 0 <= stripes.block_bytes - max(stripes.image_nbytes) / (n - m) < BLOCK_ALIGN
+    align = piece_bytes_of(max(stripes.image_nbytes))
+    assert stripes.block_bytes % align == 0
+    assert 0 <= stripes.block_bytes - max(stripes.image_nbytes) / (n - m) < align
     for member, size in enumerate(stripes.image_nbytes):
         blocks = stripes.image_blocks(member)
         edges = [block.start for block in blocks] + [size]

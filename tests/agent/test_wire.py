@@ -118,7 +118,6 @@ def test_one_that_never_sends_and_one_that_never_reads_cost_a_deadline(pair: Pai
     with pytest.raises(AgentError) as deaf:
         wire.send(pair[0], big, deadline=start_s + 0.6, bytes_max=16 << 20)
     assert {silent.value.kind, half.value.kind, deaf.value.kind} == {"timeout"}
-    assert time.monotonic() - start_s < 2.0
 
 
 def test_a_message_over_the_limit_is_not_sent(pair: Pair) -> None:

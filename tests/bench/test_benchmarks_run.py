@@ -128,6 +128,16 @@ def test_erasure_reports_the_share_of_the_raw_rate(tmp_path: Path) -> None:
         assert rows["ours"]["of_raw"] > 0 and rows["ISA-L, same tile"]["of_raw"] == 1
 
 
+@pytest.mark.timeout(300)
+def test_merge_reports_time_and_memory_beside_mere_reading_and_writing(tmp_path: Path) -> None:
+    found = report("merge", tmp_path)
+
+    assert set(found["results"]) == {"checkpoints", "linear", "ties"}
+    rows = [row for systems in found["results"].values() for row in systems.values()]
+    assert all(row["median_s"] > 0 and row["peak_mb"] > row["peak_anonymous_mb"] > 0 for row in rows)
+    assert "read and write, one pipeline: speed" in found["ratios"]["checkpoints"]
+
+
 def test_transport_reports_rates_and_cpu_seconds_beside_flight_and_tcp(tmp_path: Path) -> None:
     found = report("transport", tmp_path)
 

@@ -17,7 +17,7 @@ from typing import Any
 
 from tests.drill.job import Job, flip, wait_for
 
-RECOVER_S = 60.0  # from the start of the trainers until all have restored; then until a snapshot is protected
+RECOVER_S = 120.0  # from the start of the trainers until all have restored; then until a snapshot is protected
 HUGE = str(1 << 50)
 
 
@@ -262,7 +262,7 @@ class Drill:
         self.job.stop()
         self._await(lambda: self._all("closed"), "the job does not end")
         for node in self.job.nodes:
-            wait_for(lambda node=node: not node.agent_pids(), 20.0, lambda node=node: f"the agent of {node.name} stays")
+            wait_for(lambda node=node: not node.agent_pids(), 60.0, lambda node=node: f"the agent of {node.name} stays")
             left = [path.name for path in node.memory.rglob("*.seg")]
             assert left == [], f"{node.name} leaves {left}"
 

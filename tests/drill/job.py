@@ -266,7 +266,7 @@ def kill(pid: int) -> None:
         return
     with contextlib.suppress(ProcessLookupError):
         os.kill(pid, signal.SIGKILL)
-    wait_for(lambda: Owner.of(pid) is None, 10.0, lambda: f"process {pid} does not end")
+    wait_for(lambda: Owner.of(pid) is None, 60.0, lambda: f"process {pid} does not end")
 
 
 def wait_for(condition: Callable[[], bool], timeout_s: float, why: Callable[[], str]) -> None:

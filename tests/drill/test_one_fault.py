@@ -11,7 +11,7 @@ import pytest
 from tests.drill.job import Job, wait_for
 from tests.drill.trainer import EVERY
 
-WAIT_S = 40.0
+WAIT_S = 90.0
 
 
 @pytest.fixture

@@ -133,7 +133,7 @@ class Trainer:
 
 def through_link(real: str, link: str) -> None:
     """Peers reach this rank's agent by `link`, which forwards to the address in the file `real`."""
-    listen, start = tier.Tier._listen, tier.Tier._start
+    listen, join = tier.Tier._listen, tier.Tier._join_run
 
     def linked_listen(self: tier.Tier, client: Any, *, port: int) -> str:
         address = listen(self, client, port=0)
@@ -141,13 +141,13 @@ def through_link(real: str, link: str) -> None:
         os.replace(f"{real}.new", real)
         return link
 
-    def linked_start(self: tier.Tier, epoch: int, mine: Any) -> dict[str, Any]:
-        found = start(self, epoch, mine)
+    def linked_join(self: tier.Tier, epoch: int, mine: Any) -> dict[str, Any]:
+        found = join(self, epoch, mine)
         address = Path(real).read_text()
         held = [{**one, "address": link if one["address"] == address else one["address"]} for one in found["held"]]
-        return {**found, "held": held}
+        return {**found, "address": link, "held": held}
 
-    tier.Tier._listen, tier.Tier._start = linked_listen, linked_start  # type: ignore[method-assign]
+    tier.Tier._listen, tier.Tier._join_run = linked_listen, linked_join  # type: ignore[method-assign]
 
 
 def store_may_be_away(url: Path) -> None:

@@ -34,6 +34,7 @@ class Memory:
     def __init__(self, folder: Path, *steps: int) -> None:
         self._folder, self._held = folder, [Held(step=step) for step in steps]
         self.choices: list[int | None] = []
+        self.looks = 0
         self.opened: list[Any] = []
 
     def settle(self) -> None:
@@ -50,7 +51,10 @@ class Memory:
         self.opened.append(store)
         return store
 
-    def chosen(self, number: int | None) -> None:
+    def look_again(self) -> None:
+        self.looks += 1
+
+    def chosen(self, number: int | None, *, step: int) -> None:
         self.choices.append(number)
 
 

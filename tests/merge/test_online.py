@@ -27,6 +27,7 @@ from ckpt.config import OnlineAverage, Options
 from ckpt.merge.applied import Version, next_update, rule_of
 from ckpt.store.open import open_store
 from tests.merge.samples import bits, images, merged, opened, random_arrays, save
+from tests.servers import S3Server
 
 ROOT = Path(__file__).resolve().parents[2]
 SHAPES = {"a.weight": (24, 16), "b.weight": (16,)}
@@ -227,7 +228,7 @@ def test_an_average_of_another_rule_is_not_touched(tmp_path: Path) -> None:
 # beside a training loop
 
 
-def train(run: Path, average: OnlineAverage, steps: range, act: Callable[[int, ckpt.Checkpointer], None]) -> Any:
+def train(run: Path | str, average: OnlineAverage, steps: range, act: Callable[[int, ckpt.Checkpointer], None]) -> Any:
     """A loop that saves at every step; `act` after each of them."""
     torch.manual_seed(0)
     model = torch.nn.Linear(8, 8)
@@ -259,6 +260,20 @@ def test_a_training_loop_keeps_a_window_up_beside_it(tmp_path: Path) -> None:
     expected, _ = merged(f"{tmp_path}/run@4..6", tmp_path / "whole")
     found = opened(tmp_path / "average", step=6)
     assert {n: bits(t) for n, t in found.items()} == {n: bits(t) for n, t in expected.items()}
+
+
+@pytest.mark.s3
+def test_run_and_average_lie_on_object_stores(
+    moto_s3: S3Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, value in moto_s3.environment.items():
+        monkeypatch.setenv(name, value)
+    bucket = moto_s3.url(tmp_path.name)
+    rule = OnlineAverage(into=f"{bucket}/average")
+    beside = train(f"{bucket}/run", rule, range(1, 4), lambda step, checkpointer: None)  # keep_last=1: sums go on
+    assert (beside.failures, beside.published) == ([], 3)
+    with ckpt.open(f"{bucket}/average") as newest:
+        assert newest.step == 3 and len(newest.manifest.metadata["online"]["applied"]) == 3
 
 
 def test_a_process_that_dies_is_told_and_started_anew(tmp_path: Path) -> None:

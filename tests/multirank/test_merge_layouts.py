@@ -28,8 +28,12 @@ def test_sources_on_all_layouts_are_merged_as_they_lie(rank_group: Callable[[int
         assert not [text for one in per_rank for text in one.values() if text]
         sources += [f"{tmp_path}/{kind}-{world}@{matrix.STEP}" for kind in LAYOUTS[world]]
     rules = [{"match": "scale", "policy": "newest"}]  # it holds NaN on purpose
-    ckpt.merge(sources, tmp_path / "merged", rules=rules)
+    ckpt.merge(sources, tmp_path / "merged", rules=rules, optimizer="combine")
     with ckpt.open(tmp_path / "merged") as checkpoint:
         for name, shape in net.global_shapes().items():
             found = checkpoint[f"model/{name}"][...].numpy()
             assert found.tobytes() == param_values(name, shape).tobytes(), name
+
+    for world in (1, 2, 4):
+        per_rank = rank_group(world).call("tests.workers.matrix:load_model", str(tmp_path / "merged"), timeout_s=90.0)
+        assert not [(rank, kind, faults) for rank, one in enumerate(per_rank) for kind, faults in one.items() if faults]

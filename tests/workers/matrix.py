@@ -69,6 +69,18 @@ def load_all(
     return out
 
 
+def load_model(url: str) -> dict[str, list[str]]:
+    """Load the model and the optimizer of a checkpoint onto every layout of these ranks; what is wrong, by kind."""
+    out: dict[str, list[str]] = {}
+    for kind in layouts.LAYOUTS[dist.get_world_size()]:
+        job = layouts.build(kind, filled=False)
+        layouts.scramble(job, drop_slots=False)
+        state = {name: job.state[name] for name in ("model", "optimizer")}
+        ckpt.load(state, url, step=STEP, layout=job.layout, options=OPTIONS)
+        out[kind] = [*layouts._param_faults(job), *layouts._slot_faults(job)]
+    return out
+
+
 def all_against_all(root: str, kinds: list[str], factor: int) -> list[dict[str, Any]]:
     """Save and load between layouts of these ranks, of a model that is larger, with gaps read over."""
     world = dist.get_world_size()

@@ -28,6 +28,7 @@ def environment(folder: Path, rank: int) -> dict[str, str]:
         "CKPT_AGENT_RUNTIME_FOLDER": str(folder / f"r{rank}"),
         "CKPT_AGENT_MEMORY_FOLDER": str(folder / f"m{rank}"),
         "CKPT_AGENT_RESERVE_BYTES": "0",
+        "CKPT_AGENT_BEGIN_TIMEOUT_S": "30",
         "CKPT_PEER_CONNECT_S": "2",
     }
 

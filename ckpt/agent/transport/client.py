@@ -14,7 +14,7 @@ import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any, Protocol, TypeVar
 
 import numpy as np
 import pyarrow as pa
@@ -25,6 +25,7 @@ from ckpt.agent.transport import wire
 from ckpt.agent.transport.credentials import Credentials, Transcript
 from ckpt.agent.transport.errand import Errand, Overdue
 from ckpt.agent.transport.failures import peer_error
+from ckpt.agent.transport.ring import Ring
 from ckpt.agent.transport.wire import Key
 from ckpt.config import PEER_MESSAGE_BYTES_MAX, PEER_MESSAGE_OVERHEAD_BYTES, Options
 from ckpt.errors import InvalidInputError, PeerError
@@ -93,7 +94,15 @@ class Peer:
                 `peer-busy`, `peer-not-held`, `peer-failed`. Then all of `into` is void.
         """
         wanted = Range(key=key, start=start, stop=stop, into=into)
-        return self._pull(wanted, _target(wanted), time.monotonic() + deadline_s, _Stop())
+        return self._pull(key, start, _target(wanted), time.monotonic() + deadline_s, _Stop())
+
+    def pull_through(self, key: Key, start: int, stop: int, ring: Ring, *, deadline_s: float) -> int:
+        """As `pull`, chunk by chunk through `ring`, while another thread reads that. An error is the reader's, too."""
+        try:
+            return self._pull(key, start, _Through(ring, stop - start), time.monotonic() + deadline_s, _Stop())
+        except BaseException as error:
+            ring.fail(error)
+            raise
 
     def pull_many(self, ranges: Sequence[Range], *, deadline_s: float) -> list[int]:
         """The CRC-32C of each range, several in flight within `peer_pull_bytes_max`. On an error all of them are void."""
@@ -102,9 +111,9 @@ class Peer:
         room = self._options.peer_pull_bytes_max // (_CHUNKS_PER_STREAM * self._options.peer_chunk_bytes)
         lanes = max(1, min(room, self._options.peer_streams_each_max, len(ranges)))
 
-        def one(wanted: Range, target: NDArray[np.uint8]) -> int:
+        def one(wanted: Range, target: _Target) -> int:
             try:
-                return self._pull(wanted, target, ends_at, stop)
+                return self._pull(wanted.key, wanted.start, target, ends_at, stop)
             except BaseException:
                 stop.set()  # the others as well: what they bring is void
                 raise
@@ -293,19 +302,22 @@ class Peer:
 
         return self._bounded(Errand(work, name="ckpt-peer-call"), progress_s=limit_s, ends_at=ends_at)
 
-    def _pull(self, wanted: Range, target: NDArray[np.uint8], ends_at: float, stop: _Stop) -> int:
+    def _pull(self, key: Key, start: int, target: _Target, ends_at: float, stop: _Stop) -> int:
         def talk(client: flight.FlightClient, session: _Session) -> int:
             counter = self._next_number()
             body = {
                 "counter": counter,
-                "key": wanted.key.fields(),
-                "start": wanted.start,
-                "stop": wanted.stop,
-                "chunk_bytes": self._options.peer_chunk_bytes,
+                "key": key.fields(),
+                "start": start,
+                "stop": start + target.nbytes,
+                "chunk_bytes": target.chunk_bytes or self._options.peer_chunk_bytes,
                 "deadline_s": max(0.001, ends_at - time.monotonic()),
             }
             ticket = flight.Ticket(session.id + wire.seal(session.key, "get", body))
-            transfer = _Transfer(client, ticket, session, wanted, target, counter, self.address, ends_at)
+            transfer = _Transfer(
+                client=client, ticket=ticket, session=session, key=key, start=start, target=target, counter=counter,
+                address=self.address, ends_at=ends_at,
+            )  # fmt: skip
             errand = Errand(transfer.run, name="ckpt-peer-pull")
             stop.also(errand)
             return self._bounded(errand, progress_s=self._options.peer_progress_s, ends_at=ends_at)
@@ -352,15 +364,59 @@ class _Stop:
                 errand.stop("stopped")
 
 
-@dataclass(frozen=True)
+class _Target(Protocol):
+    """What a transfer fills."""
+
+    nbytes: int
+    chunk_bytes: int | None  # of every chunk but the last; None: as the options say, and whatever comes
+
+    def room(self, at: int, nbytes: int, errand: Errand[Any]) -> NDArray[np.uint8] | None:
+        """Where the chunk at byte `at` goes; None when there is no chunk of that size."""
+
+    def landed(self) -> None:
+        """The chunk is in place and has its checksum."""
+
+
+class _Whole:
+    """All of a range at once, in memory of the caller's."""
+
+    def __init__(self, memory: NDArray[np.uint8]) -> None:
+        self._memory, self.nbytes = memory, len(memory)
+        self.chunk_bytes: int | None = None
+
+    def room(self, at: int, nbytes: int, errand: Errand[Any]) -> NDArray[np.uint8] | None:
+        return self._memory[at : at + nbytes] if 0 < nbytes <= self.nbytes - at else None
+
+    def landed(self) -> None:
+        pass
+
+
+class _Through:
+    """Chunk after chunk through a ring."""
+
+    def __init__(self, ring: Ring, nbytes: int) -> None:
+        self._ring, self.nbytes = ring, nbytes
+        self.chunk_bytes: int | None = ring.chunk_bytes
+
+    def room(self, at: int, nbytes: int, errand: Errand[Any]) -> NDArray[np.uint8] | None:
+        if nbytes < 1 or nbytes != min(self._ring.chunk_bytes, self.nbytes - at):
+            return None
+        return self._ring.room(nbytes, errand.beat)
+
+    def landed(self) -> None:
+        self._ring.landed()
+
+
+@dataclass(frozen=True, kw_only=True)
 class _Transfer:
     """One stream of chunks, on the thread of an errand."""
 
     client: flight.FlightClient
     ticket: flight.Ticket
     session: _Session
-    wanted: Range
-    target: NDArray[np.uint8]
+    key: Key
+    start: int
+    target: _Target
     counter: int
     address: str
     ends_at: float
@@ -390,42 +446,42 @@ class _Transfer:
 
     def _land(self, errand: Errand[int], batch: pa.RecordBatch, head: bytes, at: int) -> tuple[int, int]:
         """Put one chunk in place and check it on the way: (bytes, CRC-32C)."""
-        told = wire.read_chunk_head(head)
-        source = _bytes_of(batch)
-        fits = source is not None and 0 < len(source) <= len(self.target) - at
-        if source is None or told is None or not fits or told[:2] != (at, len(source)):
+        told, source = wire.read_chunk_head(head), _bytes_of(batch)
+        room = None
+        if source is not None and told is not None and told[:2] == (at, len(source)):
+            room = self.target.room(at, len(source), errand)
+        if room is None or source is None or told is None:
             raise PeerError(f"{self.address} sent something else than chunk at byte {at}", kind="peer-damaged")
         with errand.writing():
-            crc = _copy(source, self.target[at : at + len(source)])
+            crc = _copy(source, room)
         if crc != told[2]:
             raise PeerError(
-                f"chunk at byte {at} of the {self.wanted.key} from {self.address} is damaged: "
+                f"chunk at byte {at} of the {self.key} from {self.address} is damaged: "
                 f"expected crc32c {told[2]:08x}, found {crc:08x}",
                 kind="peer-damaged",
             )
+        self.target.landed()
         return len(source), crc
 
     def _checked(self, head: bytes, at: int, crc: int) -> int:
-        wanted = self.wanted
+        nbytes = self.target.nbytes
         expected = wire.trailer(
-            self.session.key, counter=self.counter, key=wanted.key, start=wanted.start, stop=wanted.stop, crc=crc
+            self.session.key, counter=self.counter, key=self.key, start=self.start, stop=self.start + nbytes, crc=crc
         )
-        if at != len(self.target):
-            raise PeerError(
-                f"{self.address} ended a transfer after {at} of {len(self.target)} bytes", kind="peer-truncated"
-            )
+        if at != nbytes:
+            raise PeerError(f"{self.address} ended a transfer after {at} of {nbytes} bytes", kind="peer-truncated")
         if not secrets.compare_digest(head, expected):
-            raise PeerError(f"the trailer of the {wanted.key} from {self.address} is wrong", kind="peer-damaged")
+            raise PeerError(f"the trailer of the {self.key} from {self.address} is wrong", kind="peer-damaged")
         return crc
 
 
-def _target(wanted: Range) -> NDArray[np.uint8]:
+def _target(wanted: Range) -> _Whole:
     view = np.frombuffer(wanted.into, np.uint8)
     if not view.flags.writeable or len(view) != wanted.stop - wanted.start or wanted.start < 0:
         raise InvalidInputError(
             f"bytes [{wanted.start}, {wanted.stop}) need writable memory of their size, found {len(view)} bytes"
         )
-    return view
+    return _Whole(view)
 
 
 def _call_options(ends_at: float) -> flight.FlightCallOptions:

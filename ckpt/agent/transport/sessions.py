@@ -8,6 +8,7 @@ A request is taken once: its number in the session was not seen before and is no
 
 from __future__ import annotations
 
+import hmac
 import secrets
 import threading
 from collections import OrderedDict
@@ -88,7 +89,8 @@ class Sessions:
             raise PeerError("a proof without a member or a nonce", kind="peer-damaged")
         head, cookie = str(own)[:32], str(own)[32:]
         age = self._clock() - int(head[16:], 16) / 1000
-        if cookie != self._cookie(head, client, str(nonce)) or not -1 <= age <= CHALLENGE_S:
+        expected = self._cookie(head, client, str(nonce))
+        if not hmac.compare_digest(cookie.encode(), expected.encode()) or not -1 <= age <= CHALLENGE_S:
             raise PeerError("a proof for no challenge of this agent", kind="peer-no-session")
         transcript = self._transcript(version, client, str(nonce), str(own))
         if not transcript.proves(self._credentials.secret, "client", body.get("proof")):
