@@ -363,7 +363,7 @@ def front_of(evaluations: Sequence[Evaluation]) -> tuple[int, ...]:
 
 def _references(search: Search) -> Iterator[Standing]:
     space = search.problem.space
-    newest = search.problem.opened.newest.place
+    newest = max(range(space.num_sources), key=lambda i: (-1 if space.steps[i] is None else space.steps[i], i))
     for name, point in (("newest source", space.single(newest)), ("mean", space.mean())):
         score = _logged(search, name.partition(" ")[0], search.evaluator, point)
         yield Standing(

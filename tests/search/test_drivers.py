@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import re
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +14,7 @@ from hypothesis import strategies as st
 
 import ckpt
 from ckpt.search import pareto
+from ckpt.search.driver import known
 from ckpt.search.drivers.evolution import ema_weights
 from ckpt.search.drivers.niches import shared
 from ckpt.search.drivers.surrogate import Quadratic
@@ -174,3 +177,14 @@ def test_parts_of_drivers() -> None:
     assert ema_weights(4, 0.9) @ values == pytest.approx(average)
     # an example that both models solve is worth half to each; one that nobody solves nothing
     assert shared(np.array([[1.0, 1, 0], [1, 0, 0]]), 1.0).tolist() == [[0.5, 1, 0], [0.5, 0, 0]]
+
+
+def test_the_reference_lists_every_driver_with_its_parameters() -> None:
+    page = (Path(__file__).resolve().parents[2] / "docs" / "reference" / "recipe.md").read_text(encoding="utf-8")
+    table = page[page.index("| Driver | Parameters |") :].split("\n\n")[0]
+    listed = {
+        row[0]: re.findall(r"`(\w+)`: [^,]+, ", row[1] + " ")
+        for row in re.findall(r"^\| `(\w+)` \| (.*) \|$", table, re.M)
+    }
+    drivers = {name: cls for name, cls in known().items() if cls.__module__.startswith("ckpt.")}
+    assert listed == {name: [field.name for field in dataclasses.fields(cls)] for name, cls in drivers.items()}

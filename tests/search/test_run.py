@@ -327,7 +327,7 @@ BAD: list[tuple[dict[str, Any], str]] = [
     ({"groups": {"a": "head"}, "layers": 2}, "either `groups` or `layers`"),
     ({"groups": {"a": "{"}}, "without its partner"),
     ({"abs_sum_max": 0.5}, "bound is 0.5"),
-    ({"rules": [{"match": "**", "policy": "newest"}]}, "nothing|no tensor is left"),
+    ({"rules": [{"match": "**", "policy": "newest"}]}, "no tensor is left|leave no tensor"),
     ({"sources": "run@10"}, "at least 2 sources"),
     ({"sources": [{"run": "run@10", "weight": 2.0}, "run@20"]}, "has no `weight`"),
     ({"memory": "1B"}, "sources in memory take"),
