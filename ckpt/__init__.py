@@ -37,6 +37,7 @@ if TYPE_CHECKING:
     from ckpt.merge.api import merge, plan_merge, resume_merge
     from ckpt.merge.registry import merge_method
     from ckpt.merge.unmerge import unmerge
+    from ckpt.search.api import search
     from ckpt.snapshot.fence import Attached, attach, fence
     from ckpt.state import FlatOptimizerState, FlatShard, annotate
     from ckpt.state.elastic import ElasticLoader, ElasticSampler
@@ -136,13 +137,14 @@ __all__ = [
     "register_codec",
     "resume_merge",
     "save",
+    "search",
     "unmerge",
     "zarr_store",
 ]
 
 
 def __getattr__(name: str) -> Any:
-    if name in ("merge", "delta", "lora"):  # packages; the first can be called
+    if name in ("merge", "search", "delta", "lora"):  # packages; the first two can be called
         return importlib.import_module(f"ckpt.{name}")
     if name not in _PLACES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

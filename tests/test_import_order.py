@@ -36,6 +36,7 @@ ORDER = [
     "merge",
     "delta",
     "lora",
+    "search",
     "integrations",
     "observe",
     "api",

@@ -29,6 +29,7 @@ from ckpt.cli.printer import Printer, describe
 from ckpt.cli.recover import recover
 from ckpt.cli.report import report
 from ckpt.cli.reshard import reshard
+from ckpt.cli.search import search
 from ckpt.cli.show import show
 from ckpt.cli.simulate import simulate
 from ckpt.cli.tensors import tensors
@@ -59,6 +60,7 @@ for _command in (
     reshard,
     copy,
     merge,
+    search,
     watch,
     delta,
     lora,

@@ -1,0 +1,1 @@
+"""Merging small classifiers of handwritten digits: searched, and learned by gradient."""
