@@ -116,7 +116,7 @@ class Sources:
         places = tuple(tuple(self._start(feed) for feed in row.plan.feeds) for row in rows)
         filled = Filled(span=Span(rows=tuple(rows)), memory=self._memory, places=places)
         limits = Limits(span_bytes=filled.span.nbytes, unit_bytes=1 << 62, total_bytes=0)
-        computer = Computer(plan, limits, lambda bound, unit: {}, self._threads)
+        computer = Computer(plan, limits, lambda plan: {}, self._threads)
         try:
             made = computer.result(filled)
         finally:
