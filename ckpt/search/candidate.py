@@ -14,7 +14,6 @@ from numpy.typing import NDArray
 
 from ckpt.errors import InvalidInputError
 from ckpt.search.point import Point
-from ckpt.state.dtypes import torch_dtype
 
 KIND = "not-given"
 
@@ -63,7 +62,9 @@ class Candidate:
         They are the evaluator's own: changing them changes nothing else. InvalidInputError where the candidate is on disk
         (`ckpt.load` reads it from `url`), or nothing is under this key.
         """
-        import torch
+        import torch  # here, so that the command line starts without it
+
+        from ckpt.state.dtypes import torch_dtype
 
         if self.where is not None:
             raise InvalidInputError(
