@@ -1,6 +1,6 @@
 """Where ckpt and mergekit mean the same, they make the same: within float32, in which mergekit works.
 
-Method: small models, and what mergekit made of them, from a file that tests/data/golden/make_mergekit.py wrote (it says the
+Method: small models, and what mergekit made of them, from a file that tests/data/merge/make_mergekit.py wrote (it says the
 versions); the models are written as safetensors folders and merged by ckpt with the parameters that the file gives for each case.
 """
 
@@ -17,7 +17,7 @@ from safetensors.numpy import save_file
 
 from tests.merge.samples import merged
 
-GOLDEN = Path(__file__).resolve().parents[1] / "data" / "golden" / "mergekit.npz"
+GOLDEN = Path(__file__).resolve().parents[1] / "data" / "merge" / "mergekit.npz"
 
 
 def read(prefix: str) -> dict[str, NDArray[Any]]:

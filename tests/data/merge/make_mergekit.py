@@ -2,7 +2,7 @@
 
 Run with a Python that has mergekit (`pip install mergekit`, in an environment of its own) and this repository on its path:
 
-    PYTHONPATH=. mergekit-venv/bin/python tests/data/golden/make_mergekit.py
+    PYTHONPATH=. mergekit-venv/bin/python tests/data/merge/make_mergekit.py
 
 The file says the versions. Models are tiny Llamas in float32, so that mergekit reads them as it reads any. Its random masks come
 from torch's generator in the order of its work: here `torch.bernoulli` is replaced, while it merges, by the masks that ckpt draws
