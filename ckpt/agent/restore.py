@@ -22,6 +22,7 @@ from ckpt.commit import names
 from ckpt.commit.assemble import Assembler
 from ckpt.commit.complete import PROGRAM
 from ckpt.config import Options
+from ckpt.engine.near import OwnImage
 from ckpt.engine.world import World, gather_or_raise
 from ckpt.errors import CheckpointError, DamagedError, NotFoundError, StoreError
 from ckpt.format import manifest, receipt
@@ -37,18 +38,18 @@ class SnapshotStore:
         self,
         candidate: Candidate,
         files: Mapping[str, bytes | memoryview],
-        blobs: Blobs,
+        blobs: Blobs | None,
         local: Mapping[int, Mapped],
     ) -> None:
         """
         Args:
+            blobs: None where nothing beside `local` is read.
             files: of the checkpoint beside what agents hold: index and manifest, by key; an image that stands here counts.
             local: rank -> its blob, where it is mapped into this process.
         """
         self.candidate, self._files, self._blobs, self._local = candidate, dict(files), blobs, dict(local)
-        folder = names.attempt_folder(candidate.step, candidate.attempt)
         cards = (card for group in candidate.groups for card in group.cards)
-        self._cards: dict[str, Card] = {f"{folder}/{names.image_name(c.rank, candidate.world)}": c for c in cards}
+        self._cards: dict[str, Card] = {_image_key(candidate, card.rank): card for card in cards}
         self.local_files = bool(local)
         self.local_nbytes = self.pulled_nbytes = 0  # read so far, for the report
 
@@ -84,7 +85,7 @@ class SnapshotStore:
     @property
     def decoded_nbytes(self) -> int:
         """Decoded so far."""
-        return self._blobs.decoded_nbytes
+        return self._blobs.decoded_nbytes if self._blobs is not None else 0
 
     @property
     def url(self) -> str:
@@ -119,6 +120,8 @@ class SnapshotStore:
             np.copyto(np.frombuffer(buffer, np.uint8), memory[start : start + len(buffer)])
             self.local_nbytes += len(buffer)
             return
+        if self._blobs is None:
+            raise NotFoundError(f"`{key}` is not in the memory of this rank's own agent", kind="no-object")
         self._blobs.read_into(card.rank, start, buffer)
         self.pulled_nbytes += len(buffer)
 
@@ -158,10 +161,33 @@ class SnapshotStore:
         return 0
 
     def close(self) -> None:
-        self._blobs.close()
+        if self._blobs is not None:
+            self._blobs.close()
 
     def _refused(self, key: str) -> StoreError:
         return StoreError(f"a snapshot in memory cannot be written to: `{key}`", kind="denied")
+
+
+def own_image(candidate: Candidate, rank: int, mapped: Mapped) -> OwnImage:
+    """The image of `rank` in its own agent's memory, mapped into this process, with its receipt."""
+    card = next(c for group in candidate.groups for c in group.cards if c.rank == rank)
+    rest = bytes(mapped.memory[card.image_bytes : card.blob_bytes])
+    made, _ = blob.unpack_rest(rest, what=_what(candidate, rank))
+    return OwnImage(
+        store=SnapshotStore(candidate, {}, None, {rank: mapped}),
+        key=_image_key(candidate, rank),
+        attempt=candidate.attempt,
+        receipt=made,
+    )
+
+
+def _image_key(candidate: Candidate, rank: int) -> str:
+    folder = names.attempt_folder(candidate.step, candidate.attempt)
+    return f"{folder}/{names.image_name(rank, candidate.world)}"
+
+
+def _what(candidate: Candidate, rank: int) -> str:
+    return f"rank {rank}, step {candidate.step}"
 
 
 def make_blobs(candidate: Candidate, *, run_id: str, peer: Callable[[str], Peer], options: Options) -> Blobs:
@@ -181,7 +207,7 @@ def index_files(candidate: Candidate, blobs: Blobs) -> dict[str, bytes]:
         card = cards[rank]
         rest = bytearray(card.blob_bytes - card.image_bytes)
         blobs.read_into(rank, card.image_bytes, memoryview(rest))
-        payload, asked = blob.unpack_rest(bytes(rest), what=f"rank {rank}, step {candidate.step}")
+        payload, asked = blob.unpack_rest(bytes(rest), what=_what(candidate, rank))
         found.append(receipt.unpack(payload, name=f"rank {rank}"))
         request = request or asked
     assert request is not None

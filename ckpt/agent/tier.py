@@ -30,11 +30,12 @@ from ckpt.agent.inventory import Candidate, Inventory, candidates
 from ckpt.agent.local import Mapped, connect
 from ckpt.agent.memo import Memo
 from ckpt.agent.own import OwnAgent, capacity_of
-from ckpt.agent.restore import SnapshotStore
+from ckpt.agent.restore import SnapshotStore, own_image
 from ckpt.agent.topology import domain_of, read_topology
 from ckpt.agent.transport.client import Peer
 from ckpt.agent.transport.credentials import SECRET_BYTES, Credentials
 from ckpt.config import AGENT_ADDRESSES_MAX, AGENT_RECORD_BYTES_MAX, Memory, Options
+from ckpt.engine.near import OwnImage
 from ckpt.engine.world import World, gather_or_raise
 from ckpt.errors import AgentError, CheckpointError, InvalidInputError
 
@@ -63,6 +64,9 @@ class Tier(OwnAgent):
         self._secret = b""
         self._group: Group | None = None
         self._inventories: list[Inventory] = []
+        self._is_settled = (
+            False  # equal on all ranks: no agent stored anything when this job began, and it saved nothing since
+        )
         self._connect()
 
     # all ranks together
@@ -105,6 +109,7 @@ class Tier(OwnAgent):
         found = self._together(lambda: self._join_run(epoch, mine), "agents may have been started")
         self._addresses = [str(one["address"]) for one in found]
         self._inventories = [Inventory.from_fields(fields) for one in found for fields in one["held"]]
+        self._is_settled = all(is_done for *_, is_done in _all_flushes(found))
 
     def _where(self) -> dict[str, Any]:
         host = os.environ.get("CKPT_NODE") or socket.gethostname()
@@ -133,7 +138,7 @@ class Tier(OwnAgent):
 
     def _join_run(self, epoch: int, mine: _Seat) -> dict[str, Any]:
         self._start(self._identity, rank=self._world.rank, epoch=epoch, secret=self._secret, host=mine.address)
-        return {"address": self._own_address, "held": self._held(fresh=False)}
+        return {"address": self._own_address, "held": self._held(fresh=False), **self._flushes()}
 
     def _held(self, *, fresh: bool) -> list[dict[str, Any]]:
         """What this rank's agent holds, and those of this host whose seat nobody takes.
@@ -168,6 +173,7 @@ class Tier(OwnAgent):
 
     def reserve(self, nbytes: int, *, pinned: bool) -> None:
         """As Keeper.reserve; puts the ranks into groups. All ranks call."""
+        self._is_settled = False  # what is saved from now on is stored as well
         capacity = capacity_of(nbytes)
         sizes = self._gather({"capacity": capacity, "address": self._own_address})
         self._addresses = [str(one["address"]) for one in sizes]  # an agent may have been started anew
@@ -237,21 +243,26 @@ class Tier(OwnAgent):
 
     def settle(self) -> None:
         """As MemoryTier.settle: a flush goes on if all ranks of its job take part, which is known to no agent alone."""
-        timeout_s = self._options.agent_call_timeout_s
-        mine = self._seats[self._world.rank]
-
-        def ask(method: str, params: dict[str, Any]) -> list[dict[str, Any]]:
-            assert self._client is not None
-            others = self._ask_unattached(method, params, timeout_s=timeout_s) if mine.seat == 0 else []
-            return [self._client.call(method, params, timeout_s=timeout_s)[0], *others]
-
-        found = self._together(lambda: {"agents": ask("flushes", {})}, "nothing was changed")
-        flushes = [one for rank in found for agent in rank["agents"] for one in agent["flushes"]]
+        if self._is_settled:
+            return
+        found = self._together(self._flushes, "nothing was changed")
+        flushes = _all_flushes(found)
         if all(is_done for *_, is_done in flushes):
             return
         taking_part = Counter((step, attempt, world) for step, attempt, world, _ in flushes)
         keep = [[step, attempt] for (step, attempt, world), count in taking_part.items() if count == world]
-        self._together(lambda: {"agents": ask("settle", {"keep": keep})}, "nothing was changed")
+        self._together(lambda: {"agents": self._ask_all("settle", {"keep": keep})}, "nothing was changed")
+
+    def _flushes(self) -> dict[str, Any]:
+        """What this rank's agent, and those of this host whose seat nobody takes, store or have stored."""
+        return {"agents": self._ask_all("flushes", {})}
+
+    def _ask_all(self, method: str, params: dict[str, Any]) -> list[dict[str, Any]]:
+        assert self._client is not None
+        timeout_s = self._options.agent_call_timeout_s
+        first = self._seats[self._world.rank].seat == 0
+        others = self._ask_unattached(method, params, timeout_s=timeout_s) if first else []
+        return [self._client.call(method, params, timeout_s=timeout_s)[0], *others]
 
     def candidates(self) -> list[Candidate]:
         """What the agents held when this job began, the newest step first. Equal on all ranks."""
@@ -275,6 +286,18 @@ class Tier(OwnAgent):
             client.call("choose", params)
         except AgentError as error:  # this rank alone knows, and all have loaded
             _log.warning("the agent of rank %d did not hear what was restored: %s", self._world.rank, error.message)
+
+    def own(self, number: int) -> OwnImage | None:
+        """As MemoryTier.own."""
+        candidate = self.candidates()[number]
+        rank = self._world.rank
+        if candidate.holder(rank) != self._own_address or (mapped := self._local(candidate)) == {}:
+            return None
+        try:
+            return own_image(candidate, rank, mapped[self._own_address])
+        except CheckpointError as error:  # the other way tells the same of it
+            _log.debug("rank %d does not read its own image alone: %s", rank, error.message)
+            return None
 
     def open(self, number: int) -> SnapshotStore:
         """As MemoryTier.open. All ranks call."""
@@ -304,13 +327,19 @@ class Tier(OwnAgent):
         if client is None:
             return {}
         try:
-            mapped = self._map(client.attach())
             of = candidate.step, candidate.attempt
-            held = [mapped[one.name] for one in client.segments() if (one.step, one.attempt) == of]
+            names = [one.name for one in client.segments() if (one.step, one.attempt) == of]
+            mapped = self._mapped if set(names) <= set(self._mapped) else self._map(client.attach())
+            held = [mapped[name] for name in names]
             return {self._own_address: held[-1]} if held else {}
         except CheckpointError as error:
             _log.warning("rank %d reads nothing out of its own agent's memory: %s", self._world.rank, error.message)
             return {}
+
+
+def _all_flushes(answers: list[dict[str, Any]]) -> list[tuple[int, str, int, bool]]:
+    """(step, attempt, ranks of the job, whether it is stored) of all flushes that agents told of."""
+    return [tuple(one) for rank in answers for agent in rank["agents"] for one in agent["flushes"]]
 
 
 def own_address() -> str:

@@ -217,11 +217,9 @@ def _merge(receipts: Sequence[Receipt]) -> _Merged:
     boxes = BoxTable(tensor=np.concatenate(tensor), offsets=np.concatenate(offsets), lengths=np.concatenate(lengths))
     order = distinct_in_order(specs, boxes)
     sizes = np.concatenate(nbytes)
-    blocks_of = num_blocks(sizes, receipts[0].block_bytes)
-    first_block = np.cumsum(blocks_of) - blocks_of
+    blocks, block_starts = blocks_in_order(sizes, order, receipts[0].block_bytes)
     merged = boxes.take(order)
     _check_tiled(specs, merged)
-    block_starts = np.append(0, np.cumsum(blocks_of[order]))
     writer, references = _merge_references(images, order, sizes)
     return _Merged(
         specs=specs,
@@ -231,12 +229,20 @@ def _merge(receipts: Sequence[Receipt]) -> _Merged:
         offsets=np.concatenate(position)[order],
         nbytes=sizes[order],
         layout=saved_layout([receipt.extra.get("tensors") for receipt in receipts], specs),
-        blocks=np.repeat(first_block[order], blocks_of[order]) + arange_per(blocks_of[order]),
+        blocks=blocks,
         block_starts=block_starts,
         tensors_file=index.pack_tensors(specs, np.bincount(merged.tensor, minlength=len(specs))),
         rows=order,
         references=references,
     )
+
+
+def blocks_in_order(nbytes: Int64Array, order: Int64Array, block_bytes: int) -> tuple[Int64Array, Int64Array]:
+    """Fragments taken in another order: ([B] which block each is now, [N + 1] first block of each fragment)."""
+    counts = num_blocks(nbytes, block_bytes)
+    first = np.cumsum(counts) - counts
+    blocks: Int64Array = np.repeat(first[order], counts[order]) + arange_per(counts[order])
+    return blocks, np.append(0, np.cumsum(counts[order]))
 
 
 def distinct_in_order(specs: Sequence[TensorSpec], boxes: BoxTable) -> Int64Array:

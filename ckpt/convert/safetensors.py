@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ckpt.config import HEADER_BYTES_MAX, MANIFEST_BYTES_MAX, Options
-from ckpt.engine.read import ReadJob
+from ckpt.engine.read import ReadJob, read_bytes_max
 from ckpt.errors import DamagedError, InvalidInputError, NotFoundError
 from ckpt.format.dtypes import DTYPES
 from ckpt.format.image import header_nbytes, parse_header
@@ -94,9 +94,7 @@ class SafetensorsFolder:
     @property
     def read_bytes_max(self) -> int:
         """Soft bound of one read, as that of a checkpoint."""
-        options = self.options
-        wanted = options.local_read_bytes_max if self.store.local_files else options.read_bytes_max
-        return max(1, min(wanted, options.read_buffer_bytes_max // (2 * options.read_threads)))
+        return read_bytes_max(self.store, self.options)
 
     def fragments(self, tensors: NDArray[np.integer] | None = None) -> FragmentTable:
         """One fragment per tensor (those with these ids; all when None) that has elements."""

@@ -137,7 +137,7 @@ def load_state(
     saved = SavedWorld(world=stored.manifest.world, same_layout=same_layout)
     error = None
     try:
-        pieces = _wanted_pieces(aim.local, match.ids)
+        pieces = wanted_pieces(aim.local, match.ids)
         objects = _object_rows(stored, set(match.objects))
         aim.check(objects, saved)
     except CheckpointError as problem:
@@ -283,7 +283,7 @@ def _listed(items: Sequence[str]) -> str:
     return ", ".join(items[:_LISTED_MAX]) + more
 
 
-def _wanted_pieces(local: LocalState, ids: Sequence[int]) -> PieceTable:
+def wanted_pieces(local: LocalState, ids: Sequence[int]) -> PieceTable:
     """The pieces that the checkpoint can fill, numbered by stored id."""
     by_spec = np.array(ids, np.int32) if ids else np.empty(0, np.int32)
     tensor = by_spec[local.pieces.boxes.tensor]

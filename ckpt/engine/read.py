@@ -68,6 +68,12 @@ class ReadJob:
     buffer: ReadBuffer = field(default_factory=ReadBuffer)  # handed on from job to job where many follow each other
 
 
+def read_bytes_max(store: Store, options: Options) -> int:
+    """Soft bound of one read: so that the memory budget holds a chunk, at most twice as long, for each thread."""
+    wanted = options.local_read_bytes_max if store.local_files else options.read_bytes_max
+    return max(1, min(wanted, options.read_buffer_bytes_max // (2 * options.read_threads)))
+
+
 def run_reads(job: ReadJob, *, progress: Progress | None = None) -> None:
     """Read, verify and copy. Raises DamagedError at the first damage; pieces not yet copied are then untouched."""
     for damage in _run(job, progress, stop_at_first=True):

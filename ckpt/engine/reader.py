@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from ckpt.commit import names
 from ckpt.commit.find import resolve
 from ckpt.config import MANIFEST_BYTES_MAX, OBJECT_BYTES_MAX, Options
-from ckpt.engine.read import Progress, ReadJob, run_reads
+from ckpt.engine.read import Progress, ReadJob, read_bytes_max, run_reads
 from ckpt.errors import DamagedError, NotFoundError
 from ckpt.format import index, manifest
 from ckpt.format.checksum import sha256
@@ -196,10 +196,8 @@ class StoredCheckpoint:
 
     @property
     def read_bytes_max(self) -> int:
-        """Soft bound of one read: so that the memory budget holds a chunk, at most twice as long, for each thread."""
-        options = self.options
-        wanted = options.local_read_bytes_max if self.store.local_files else options.read_bytes_max
-        return max(1, min(wanted, options.read_buffer_bytes_max // (2 * options.read_threads)))
+        """As `ckpt.engine.read.read_bytes_max`."""
+        return read_bytes_max(self.store, self.options)
 
     def plan(self, fragments: index.FragmentTable, pieces: PieceTable) -> ReadPlan:
         """The reads that fill `pieces` (tensor numbers are ids). DamagedError when an element is stored nowhere."""

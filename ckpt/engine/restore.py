@@ -15,7 +15,9 @@ from typing import Protocol
 
 import numpy as np
 
+from ckpt.collector import collector_paused
 from ckpt.engine.load import Rename
+from ckpt.engine.near import OwnImage
 from ckpt.engine.reader import StoredCheckpoint
 from ckpt.engine.run import Run, State
 from ckpt.errors import CheckpointError, DamagedError, MismatchError, NotFoundError, RankFailedError, first_line
@@ -54,6 +56,9 @@ class MemoryTier(Protocol):
     def candidates(self) -> Sequence[Snapshot]:
         """All of which something is left, the newest step first."""
 
+    def own(self, number: int) -> OwnImage | None:
+        """This rank's image of one of `candidates`, where its own agent holds that. No collective call."""
+
     def open(self, number: int) -> OpenedSnapshot:
         """A recoverable one of `candidates`, to read from."""
 
@@ -81,6 +86,7 @@ class Restored:
     passed_over: tuple[str, ...] = ()  # newer or nearer ones that could not be used, and why
 
 
+@collector_paused()
 def restore(
     run: Run, tier: MemoryTier | None, state: State, layout: Layout | None, *, strict: bool, rename: Rename
 ) -> Restored | None:
@@ -195,10 +201,14 @@ def _from_memory(
     store: OpenedSnapshot | None = None
     wanted = decoded = 0
     try:
-        store = tier.open(number)
-        stored = StoredCheckpoint(store, candidate.step, run.options)
-        wanted = run.load_from(stored, state, layout, strict=strict, rename=rename).wanted_nbytes
-        decoded = store.decoded_nbytes
+        near = None if rename is not None else run.load_near(tier.own(number), state, layout)
+        if near is not None:
+            wanted = near.wanted_nbytes
+        else:
+            store = tier.open(number)
+            stored = StoredCheckpoint(store, candidate.step, run.options)
+            wanted = run.load_from(stored, state, layout, strict=strict, rename=rename).wanted_nbytes
+            decoded = store.decoded_nbytes
     except CheckpointError as problem:
         error = problem
     finally:

@@ -28,6 +28,7 @@ from ckpt.config import Memory, Options
 from ckpt.engine.attempt import Attempt, Saved
 from ckpt.engine.keeper import Follower, Keeper
 from ckpt.engine.load import Loaded, Rename, load_state
+from ckpt.engine.near import OwnImage, load_near
 from ckpt.engine.pace import Pace
 from ckpt.engine.pending import PendingSave, failed_error
 from ckpt.engine.read import Progress
@@ -227,6 +228,16 @@ class Run:
         )
         timeline.add("total", timeline.start, time.perf_counter(), nbytes=loaded.wanted_nbytes)
         self._tell_later(timeline, loaded.step, stored.manifest.attempt, "ok", operation="load")
+        return loaded
+
+    def load_near(self, own: OwnImage | None, state: State, layout: Layout | None) -> Loaded | None:
+        """Fill `state` from images in memory of the ranks' own; None when these are not enough. All ranks call."""
+        fence.fence()
+        timeline = Timeline()
+        loaded = load_near(own, state, self.world, self.options, layout=layout, timeline=timeline)
+        if loaded is not None:
+            timeline.add("total", timeline.start, time.perf_counter(), nbytes=loaded.wanted_nbytes)
+            self._tell_later(timeline, loaded.step, own.attempt if own else "", "ok", operation="load")
         return loaded
 
     def newest_step(self) -> int:
