@@ -18,12 +18,14 @@ from typing import Any
 
 import pytest
 
+import ckpt
 from ckpt.agent import discover
 from ckpt.agent.identity import Identity, memory_folder
 from ckpt.agent.owner import Owner
-from ckpt.config import Options
+from ckpt.config import Memory, Options
 
 ROOT = Path(__file__).resolve().parents[2]
+Make = Callable[..., ckpt.Checkpointer]
 
 
 @pytest.fixture
@@ -58,6 +60,28 @@ def folders(options: Options) -> Iterator[Options]:
     yield options
     for found in discover.agents(options):
         discover.stop(found, options, force=True)
+
+
+@pytest.fixture
+def make(folders: Options, tmp_path: Path) -> Iterator[Make]:
+    """Makes checkpointers of one run; whose process is to have died is left with `leave`."""
+    made: list[ckpt.Checkpointer] = []
+
+    def one(*, memory: Memory | None = None, **given: Any) -> ckpt.Checkpointer:
+        given = {"every": 1000, "options": folders, **given}
+        made.append(ckpt.Checkpointer(tmp_path / "run", memory=memory or Memory(every=1), **given))
+        return made[-1]
+
+    yield one
+    for checkpointer in made:
+        checkpointer._run.close(over=True)
+    until(lambda: not list(Path(folders.agent_memory_folder or "").rglob("*.seg")))
+
+
+def leave(checkpointer: ckpt.Checkpointer) -> None:
+    """As a process that is killed, but for what it has begun."""
+    checkpointer._run.leave()
+    checkpointer._run.close()
 
 
 @pytest.fixture

@@ -8,7 +8,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import gc
-from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -26,32 +25,8 @@ from ckpt.engine.pending import PendingSave
 from ckpt.errors import DamagedError, InvalidInputError, SaveFailedError
 from ckpt.snapshot import pinned
 from ckpt.store.open import open_store
-from tests.agent.conftest import until
+from tests.agent.conftest import Make, leave, until
 from tests.drill.job import flip
-
-Make = Callable[..., ckpt.Checkpointer]
-
-
-@pytest.fixture
-def make(folders: Options, tmp_path: Path) -> Iterator[Make]:
-    """Makes checkpointers of one run; whose process is to have died is left with `leave`."""
-    made: list[ckpt.Checkpointer] = []
-
-    def one(*, memory: Memory | None = None, **given: Any) -> ckpt.Checkpointer:
-        given = {"every": 1000, "options": folders, **given}
-        made.append(ckpt.Checkpointer(tmp_path / "run", memory=memory or Memory(every=1), **given))
-        return made[-1]
-
-    yield one
-    for checkpointer in made:
-        checkpointer._run.close(over=True)
-    until(lambda: not list(Path(folders.agent_memory_folder or "").rglob("*.seg")))
-
-
-def leave(checkpointer: ckpt.Checkpointer) -> None:
-    """As a process that is killed, but for what it has begun."""
-    checkpointer._run.leave()
-    checkpointer._run.close()
 
 
 def state(value: float, *, frozen: float = 1.0) -> dict[str, Any]:

@@ -54,6 +54,9 @@ def folders(options: Options) -> Iterator[dict[str, Any]]:
                 os.kill(int(path.read_text()), signal.SIGKILL)
         else:
             discover.stop(found, options, force=True)
+    for folder in (memory_folder(options), parity_folder(options)):  # of agents that were killed, here or by a test
+        for left in segments.leftovers(folder):
+            segments.remove(left)
     until(lambda: left_in_memory(options) == [])  # who was told that the job is over ends a moment later
 
 
