@@ -201,7 +201,7 @@ def _from_memory(
     store: OpenedSnapshot | None = None
     wanted = decoded = 0
     try:
-        near = None if rename is not None else run.load_near(tier.own(number), state, layout)
+        near = run.load_near(tier.own(number) if rename is None else None, state, layout)
         if near is not None:
             wanted = near.wanted_nbytes
         else:
