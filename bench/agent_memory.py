@@ -38,7 +38,7 @@ from ckpt.config import AGENT_BESIDE_BYTES, AGENT_RECORD_BYTES_MAX, MIB, Options
 GROUPS = ((2, 1), (3, 1), (4, 1), (4, 2), (6, 2), (8, 2))  # members, parity
 STATED_MB = AGENT_BESIDE_BYTES / 1e6  # of an agent beside images and parity
 _WAIT_S = 120.0
-_SAMPLE_S = 0.003
+_SAMPLE_S = 0.01  # pages come and stay for longer than that
 
 
 class Agent:
