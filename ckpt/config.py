@@ -103,6 +103,7 @@ class Options:
     peer_session_s: float = 3600.0  # a session that was not used for so long is forgotten
     # The memory tier.
     protect_timeout_s: float = 60.0  # from the seal of a snapshot until all ranks have protected theirs
+    protect_streams_max: int = 2  # transfers that an agent makes parity from at a time, whatever the size of its group
     pull_timeout_s: float = 60.0  # one range that a load asks of an agent
     inventory_timeout_s: float = 120.0  # an agent looks at every byte that it holds
 
@@ -281,6 +282,7 @@ SIMULATE_FILE_BYTES_MAX = 64 * KIB  # a cluster file
 # Limits of the agents.
 TOPOLOGY_BYTES_MAX = 16 * MIB  # of a topology file: 100,000 hosts with long names
 # Limits of agents (docs/reference/agent.md).
+AGENT_BESIDE_BYTES = 160_000_000  # of an agent beside images and parity, while it protects (bench/agent_memory.py)
 AGENT_ATTEMPT_BYTES_MAX = 64  # of an attempt id in the header of a segment
 AGENT_MESSAGE_FDS_MAX = 16  # descriptors that one message passes
 AGENT_RECORD_BYTES_MAX = 256 * KIB  # of the record at the end of a segment: the cards of a group

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import psutil
 
-from ckpt.config import Options
+from ckpt.config import AGENT_BESIDE_BYTES, Options
 from ckpt.errors import BudgetError
 
 _UNLIMITED = 1 << 60  # a limit above that is none
@@ -49,9 +49,12 @@ def look(folder: Path) -> Memory:
 
 
 def check(need_bytes: int, memory: Memory, options: Options) -> None:
-    """BudgetError unless `need_bytes` fit into host memory with the reserve left over, and into the folder."""
+    """BudgetError unless `need_bytes` fit into the folder, and into host memory with what an agent takes beside and the reserve.
+
+    Some of what it takes beside is taken already, so that this asks for a little too much rather than too little.
+    """
     reserve = options.agent_reserve_bytes
-    if need_bytes + reserve <= memory.free_bytes and need_bytes <= memory.folder_bytes:
+    if need_bytes + AGENT_BESIDE_BYTES + reserve <= memory.free_bytes and need_bytes <= memory.folder_bytes:
         return
     cgroup = "no limit" if memory.cgroup_bytes is None else f"{memory.cgroup_bytes:,} bytes left"
     hints = [
@@ -63,8 +66,9 @@ def check(need_bytes: int, memory: Memory, options: Options) -> None:
             0, f"enlarge `{memory.folder}` (containers: --shm-size, an emptyDir of medium Memory with a size limit)"
         )
     raise BudgetError(
-        f"no memory for snapshots: needed {need_bytes:,} bytes and {reserve:,} in reserve; found {memory.host_bytes:,} available "
-        f"on the host, control group: {cgroup}, {memory.folder_bytes:,} free in `{memory.folder}`",
+        f"no memory for snapshots: needed {need_bytes:,} bytes, {AGENT_BESIDE_BYTES:,} for the agent itself and {reserve:,} in "
+        f"reserve; found {memory.host_bytes:,} available on the host, control group: {cgroup}, "
+        f"{memory.folder_bytes:,} free in `{memory.folder}`",
         hints=tuple(hints),
     )
 

@@ -75,6 +75,18 @@ def cards_of_group(
         pause_s = min(2 * pause_s, _ASK_S[1])
 
 
+def waves(step: Step, member: int, num_members: int, width: int) -> list[list[int]]:
+    """The numbers of the sources of `step` that have bytes, in as few parts of at most `width` as can be, which are even.
+
+    Who comes after `member` in the group comes first, so that what all members pull at a time is spread evenly over them.
+    """
+    order = [number for number, source in enumerate(step.sources) if source.nbytes]
+    order.sort(key=lambda number: (step.sources[number].member - member) % num_members)
+    count = -(-len(order) // width)
+    bounds = [len(order) * i // count for i in range(count + 1)]
+    return [sorted(order[low:high]) for low, high in zip(bounds, bounds[1:], strict=False)]
+
+
 def _fitting(theirs: Card, ours: Card) -> Card:
     if theirs.of != ours.of or theirs.members != ours.members or theirs.parity != ours.parity:
         raise PeerError(
@@ -102,7 +114,7 @@ def make_parity(
     """
     stripes = Stripes(image_nbytes=tuple(card.blob_bytes for card in cards), num_parity=cards[0].parity)
     member = cards[0].members.index(rank)
-    with _Encoder(cards, stripes, peers, memory, run_id=run_id, options=options, ends_at=ends_at) as encoder:
+    with _Encoder(cards, stripes, member, peers, memory, run_id=run_id, options=options, ends_at=ends_at) as encoder:
         for step in encode_plan(stripes, member).steps:
             encoder.make(step, stopped)
         parity = Parity(rank=rank, cards=cards, block_bytes=stripes.block_bytes)
@@ -110,13 +122,14 @@ def make_parity(
 
 
 class _Encoder:
-    """Pulls all sources of a block side by side, each by one transfer, and codes chunk by chunk as they come. One thread;
+    """Pulls the sources of a block, a few side by side, each by one transfer, and codes chunk by chunk as they come. One thread;
     transfers on threads of their own. What is coded counts once all transfers have turned out whole."""
 
     def __init__(
         self,
         cards: tuple[Card, ...],
         stripes: Stripes,
+        member: int,
         peers: Mapping[int, Peer],
         memory: memoryview,
         *,
@@ -125,10 +138,12 @@ class _Encoder:
         ends_at: float,
     ) -> None:
         self._cards, self._stripes, self._peers, self._memory = cards, stripes, peers, memory
+        self._member = member
         self._run_id, self._options, self._ends_at = run_id, options, ends_at
         self._code = code_for(stripes.num_data, stripes.num_parity)
         self._chunk_bytes = min(options.peer_chunk_bytes, max(stripes.block_bytes, 1))
-        self._lanes = ThreadPoolExecutor(stripes.num_data, thread_name_prefix="ckpt-pull")
+        self._num_lanes = min(stripes.num_data, options.protect_streams_max)
+        self._lanes = ThreadPoolExecutor(self._num_lanes, thread_name_prefix="ckpt-pull")
         self._rings: list[Ring] = []
         self.pulled_nbytes, self.pull_s, self.code_s = 0, 0.0, 0.0
 
@@ -144,34 +159,39 @@ class _Encoder:
             ring.fail(PeerError("the encoding was given up", kind="peer-stopped"))
 
     def make(self, step: Step, stopped: Callable[[], bool]) -> None:
-        """Fill the target of one step."""
+        """Fill the target of one step, a few sources at a time."""
+        rows = self._code.rows(have=step.have, wanted=[step.target.piece])
+        for number, chosen in enumerate(waves(step, self._member, self._stripes.num_members, self._num_lanes)):
+            part = Step(target=step.target, sources=tuple(step.sources[one] for one in chosen))
+            self._fold(part, np.ascontiguousarray(rows[:, chosen]), add=number > 0, stopped=stopped)
+        self.pulled_nbytes += sum(source.nbytes for source in step.sources)
+
+    def _fold(self, step: Step, rows: NDArray[np.uint8], *, add: bool, stopped: Callable[[], bool]) -> None:
+        """Set the target to what these sources give, or add that to it."""
         self._rings = rings = [Ring(chunk_bytes=self._chunk_bytes) for _ in step.sources]
         waiting = [
-            self._lanes.submit(self._pull, source, ring)
-            for source, ring in zip(step.sources, rings, strict=True)
-            if source.nbytes
+            self._lanes.submit(self._pull, source, ring) for source, ring in zip(step.sources, rings, strict=True)
         ]
-        rows = self._code.rows(have=step.have, wanted=[step.target.piece])
         for part in step.chunks(self._chunk_bytes):
             if stopped():
                 raise PeerError("the agent ends", kind="peer-stopped")
-            self._code_chunk(part, rings, rows)
+            self._code_chunk(part, rings, rows, add)
             failpoints.hit("agent.in-parity")
         before = time.perf_counter()
         for future in waiting:
             future.result()
+        self._rings = []  # before the next ones are made
         self.pull_s += time.perf_counter() - before
-        self.pulled_nbytes += sum(source.nbytes for source in step.sources)
 
-    def _code_chunk(self, part: Step, rings: Sequence[Ring], rows: NDArray[np.uint8]) -> None:
+    def _code_chunk(self, part: Step, rings: Sequence[Ring], rows: NDArray[np.uint8], add: bool) -> None:
         before = time.perf_counter()
-        having = [(ring, source) for ring, source in zip(rings, part.sources, strict=True) if source.nbytes]
-        found = {id(ring): ring.take(ends_at=self._ends_at) for ring, _ in having}
+        having = [ring for ring, source in zip(rings, part.sources, strict=True) if source.nbytes]
+        found = {id(ring): ring.take(ends_at=self._ends_at) for ring in having}
         between = time.perf_counter()
         sources = [found.get(id(ring), _NOTHING) for ring in rings]
         target = self._memory[part.target.start : part.target.stop]
-        code_blocks(sources, [target], rows, tile_bytes=self._options.code_tile_bytes)
-        for ring, _ in having:
+        code_blocks(sources, [target], rows, add=add, tile_bytes=self._options.code_tile_bytes)
+        for ring in having:
             ring.give_back()
         self.pull_s += between - before
         self.code_s += time.perf_counter() - between

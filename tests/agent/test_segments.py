@@ -17,7 +17,7 @@ from ckpt.agent.header import HEADER_BYTES, State
 from ckpt.agent.identity import Identity, check_private, make_private, memory_folder, run_id_of
 from ckpt.agent.owner import Owner
 from ckpt.agent.slots import Slots
-from ckpt.config import Options
+from ckpt.config import AGENT_BESIDE_BYTES, Options
 from ckpt.errors import AgentError, BudgetError, DamagedError, InvalidInputError, NotFoundError
 
 GIB = 1 << 30
@@ -179,7 +179,7 @@ def test_a_run_has_one_id_however_its_folder_is_written(tmp_path: Path, monkeypa
     ("need", "host", "cgroup", "shm", "fits"),
     [
         (2, 3, None, 2, True),
-        (2, 2.9, None, 9, False),  # the reserve is 1
+        (2, 2.9, None, 9, False),  # the reserve is 1; what an agent takes beside comes on top
         (2, 9, 2.9, 9, False),
         (2, 9, 3, 9, True),
         (2, 9, None, 1.9, False),
@@ -189,8 +189,8 @@ def test_a_budget_needs_host_control_group_and_folder(
     need: float, host: float, cgroup: float | None, shm: float, fits: bool
 ) -> None:
     memory = Memory(
-        host_bytes=int(host * GIB),
-        cgroup_bytes=None if cgroup is None else int(cgroup * GIB),
+        host_bytes=int(host * GIB) + AGENT_BESIDE_BYTES,
+        cgroup_bytes=None if cgroup is None else int(cgroup * GIB) + AGENT_BESIDE_BYTES,
         folder_bytes=int(shm * GIB),
         folder="/dev/shm",
     )
@@ -199,8 +199,9 @@ def test_a_budget_needs_host_control_group_and_folder(
         found = True
     except BudgetError as error:
         found = False
-        for figure in (need * GIB, host * GIB, shm * GIB, GIB, *([cgroup * GIB] if cgroup else [])):
-            assert f"{int(figure):,}" in error.message
+        found_bytes = [one for one in (memory.host_bytes, memory.cgroup_bytes, memory.folder_bytes) if one is not None]
+        for figure in (int(need * GIB), GIB, AGENT_BESIDE_BYTES, *found_bytes):
+            assert f"{figure:,}" in error.message
     assert found == fits
 
 

@@ -36,6 +36,7 @@ Value = TypeVar("Value")
 _GRACE_S = 0.5  # gRPC's deadline comes after ours, which says why
 _FRAME_BYTES = 1 << 20  # of HTTP/2; the default of 16 KiB costs a tenth more CPU
 _CHUNKS_PER_STREAM = 2  # in memory of ours at a time: one that arrives, one that is put in place
+_CHUNKS_AHEAD = 1  # that gRPC may take in while one is put in place; more cost memory and brought nothing
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -220,7 +221,7 @@ class Peer:
                     ("grpc.enable_http_proxy", 0),  # a proxy in the environment is not meant for agents
                     ("grpc.max_receive_message_length", self._message_bytes_max()),
                     ("grpc.http2.bdp_probe", 0),  # or gRPC reads ahead as far as it likes: 240 MiB were seen
-                    ("grpc.http2.lookahead_bytes", _CHUNKS_PER_STREAM * self._options.peer_chunk_bytes),
+                    ("grpc.http2.lookahead_bytes", _CHUNKS_AHEAD * self._options.peer_chunk_bytes),
                     ("grpc.http2.max_frame_size", _FRAME_BYTES),
                 ],
                 **tls,
@@ -434,6 +435,7 @@ class _Transfer:
                 if wire.is_trailer(head):
                     return self._checked(head, at, crc)
                 part = self._land(errand, chunk.data, head, at)
+                del chunk  # or it would lie in memory until the next one is whole
                 crc, at, started = crc32c_combine(crc, part[1], part[0]), at + part[0], True
                 errand.beat()
         except StopIteration:
