@@ -275,6 +275,7 @@ class Checkpointer:
         self._every, self._background, self._layout = every, background, layout
         self._incremental, self._memory = incremental, memory
         self._tier: Tier | None = None
+        self._owed = False  # a save that is due, and could not be made under its step
         self.restored: Restored | None = None
         if memory is not None and not background:
             raise InvalidInputError("snapshots in memory need saves in the background: background=True")
@@ -316,8 +317,20 @@ class Checkpointer:
     def restore(self, state: State, *, strict: bool = True, rename: Rename = None) -> int | None:
         """Load the newest complete checkpoint into `state`; its step, or None when the run has none. All ranks call.
 
-        With `memory`, from the nearest tier that has the newest step: the memory of agents, else the store. `restored` says
-        which. Also gets ready for the first save, as `prepare` does, and protects the restored state in the agents' memory.
+        With `memory`, from the nearest tier that has the newest step: the memory of agents, else the store. What turns out to be
+        damaged, on any rank, is passed over for the next older one on either tier, by all ranks alike and with a warning.
+        `restored` says what was loaded and what was passed over. A damaged checkpoint in the store is left as it is; a save that
+        is due at its step is made one step later, unless it is forgotten by then. `ckpt.load`, which is asked for a certain
+        checkpoint, raises instead.
+
+        Also gets ready for the first save, as `prepare` does, and protects the restored state in the agents' memory.
+
+        Raises:
+            DamagedError: `nothing-restored`: all that there is turned out to be damaged; lists it. The state may be partly
+                overwritten.
+            MismatchError: names, shapes or dtypes differ from what was saved; lists all differences.
+            StoreError: the store refused or cannot be reached, and memory has nothing.
+            RankFailedError: another rank failed with one of these, or is missing.
         """
         self.restored = restore(self._run, self._tier, state, self._layout, strict=strict, rename=rename)
         self._run.resume()
@@ -375,6 +388,9 @@ class Checkpointer:
 
     def close(self) -> None:
         """Wait for the saves on their way and let go of everything, agents included: the job is over. May be called twice."""
+        if self._owed:
+            self._owed = False
+            _log.error("the last save was not made: a damaged checkpoint has its step, and no step came after it")
         self._run.close(_ending.get("grace_s"), over="grace_s" not in _ending)
 
     def __enter__(self) -> Checkpointer:
