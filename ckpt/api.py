@@ -364,16 +364,23 @@ class Checkpointer:
     ) -> PendingSave | None:
         """Save when it is time. Returns the save on its way, or None when there was nothing to do. All ranks call.
 
+        A step whose number a damaged checkpoint has, which `restore` went back behind, is kept in memory alone where there is
+        `memory`, else skipped; the next step is saved in its place.
+
         Raises:
             SaveFailedError: an earlier save failed, with its step and cause; this one is on its way all the same. `busy`: the
                 saves before are not over and the policy is to fail.
         """
         for_memory = self._memory is not None and self._run.snapshot_due(step, self._memory)
-        if step % self._every:
-            if not for_memory:
-                return None
+        due = self._owed or step % self._every == 0
+        self._owed = due and self._run.is_taken(step)
+        if (for_memory and not due) or (self._owed and self._memory is not None):
             self._attach(state)
             return self._run.keep(state, _request(step, metrics, metadata, self._layout, False), self._layout)
+        if not due:
+            return None
+        if self._owed:
+            return self._run.skip_taken(step)
         request = _request(step, metrics, metadata, self._layout, self._incremental)
         if self._background:
             self._attach(state)
