@@ -6,6 +6,7 @@ folder, some bytes of them changed; a memory tier whose snapshots are checkpoint
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import logging
 from collections.abc import Callable
@@ -22,8 +23,11 @@ from ckpt.engine.run import Run
 from ckpt.errors import CheckpointError, DamagedError, MismatchError, StoreError, VersionError
 from ckpt.state.restore import LoadTarget
 from ckpt.store.open import open_store
-from tests.engine.test_choose_tier import OPTIONS, Memory, damage_end, job, saved
+from tests.engine import test_choose_tier
+from tests.engine.test_choose_tier import Memory, damage_end, job, saved
 
+# Small reads one after the other, so that a load that meets damage has filled some of the state.
+OPTIONS = dataclasses.replace(test_choose_tier.OPTIONS, local_read_bytes_max=1 << 16, read_threads=1)
 Damage = Callable[[Path], None]
 
 
@@ -265,6 +269,11 @@ def test_of_the_newer_one_nothing_is_left(
         monkeypatch.setattr(LoadTarget, "restore", fail_once)
     else:
         harm(tmp_path, trained + 1)
+        probe, weight = Everything(), expected.model.weight
+        probe.model.weight.data.zero_()
+        with pytest.raises(DamagedError):
+            ckpt.load(probe.state, tmp_path, step=trained + 1, options=OPTIONS)
+        assert probe.model.weight.any() and not torch.equal(probe.model.weight, weight)  # so far it has come
     done = come_back(tmp_path, state=found.state)
     assert done is not None and done.step == trained
     assert reached == ([trained + 1.0, float(trained)] if late else [])
