@@ -25,6 +25,7 @@ from ckpt.commit import find, pins, retention
 from ckpt.commit.complete import Request
 from ckpt.commit.gc import collect_garbage
 from ckpt.config import Memory, Options
+from ckpt.engine import opening
 from ckpt.engine.attempt import Attempt, Saved
 from ckpt.engine.keeper import Follower, Keeper
 from ckpt.engine.load import Loaded, Rename, load_state
@@ -35,12 +36,10 @@ from ckpt.engine.reader import StoredCheckpoint
 from ckpt.engine.save import SaveSession
 from ckpt.engine.torch_world import current_world
 from ckpt.engine.worker import Worker
-from ckpt.engine.world import World, gather_or_raise, raise_together
+from ckpt.engine.world import World
 from ckpt.errors import (
     AlreadyExistsError,
     CheckpointError,
-    NotFoundError,
-    RankFailedError,
     SaveFailedError,
     first_line,
 )
@@ -281,36 +280,14 @@ class Run:
         return loaded
 
     def newest_step(self, *, below: int | None = None) -> int:
-        """The newest complete step in the store (before `below`) as rank 0 finds it, -1 when there is none. All ranks call."""
-        error: CheckpointError | None = None
-        found: int | None = None
-        if self.world.rank == 0:
-            try:
-                found = find.latest(self.store, below=below)
-            except NotFoundError:
-                pass
-            except CheckpointError as problem:
-                error = problem
-        answers = gather_or_raise(
-            self.world, b"%d" % (-1 if found is None else found), error, "before anything changed"
-        )
-        return int(answers[0])
+        """As `opening.newest_step`."""
+        return opening.newest_step(self.store, self.world, below=below)
 
     def open_found(self, step: int) -> StoredCheckpoint:
-        """Open a step that `newest_step` has found. All ranks call."""
+        """As `opening.open_found`."""
         self._settle(0)
-        stored: StoredCheckpoint | None = None
-        error: CheckpointError | None = None
         with self._failed_load_told(Timeline(), step):
-            try:
-                stored = StoredCheckpoint(self.store, step, self.options)
-            except NotFoundError as problem:
-                error = self._unseen_error(step, problem)
-            except CheckpointError as problem:
-                error = problem
-            raise_together(self.world, error, "before anything changed")
-        assert stored is not None
-        return stored
+            return opening.open_found(self.store, self.world, self.options, step)
 
     def _finish(self, attempt: Attempt) -> Saved:
         with self._told(attempt.timeline, attempt.request.step, attempt.id):
@@ -333,7 +310,7 @@ class Run:
         self._settle(0)
         timeline = Timeline()
         with self._failed_load_told(timeline, -1 if step is None else step):
-            stored = self._open_together(step)
+            stored = opening.open_together(self.store, self.world, self.options, step)
         return self.load_from(
             stored,
             state,
@@ -354,37 +331,6 @@ class Run:
             timeline.add("total", timeline.start, time.perf_counter())
             self._tell_later(timeline, step, "", "failed", first_line(error), operation="load")
             raise
-
-    def _open_together(self, step: int | None) -> StoredCheckpoint:
-        """The same step on every rank, also while another job saves: rank 0 decides."""
-        stored: StoredCheckpoint | None = None
-        error: CheckpointError | None = None
-        try:
-            if self.world.rank == 0 or step is not None:
-                stored = StoredCheckpoint(self.store, "latest" if step is None else step, self.options)
-        except CheckpointError as problem:
-            error = problem
-        value = -1 if stored is None else stored.step
-        known = isinstance(error, NotFoundError) and self.world.rank == 0 and step is None
-        answers = self.world.all_gather(np.array([value], np.int64).view(np.uint8))
-        chosen = int(answers[0].copy().view(np.int64)[0])
-        if stored is None and error is None and chosen >= 0:
-            try:
-                stored = StoredCheckpoint(self.store, chosen, self.options)
-            except CheckpointError as problem:
-                error = problem
-        if isinstance(error, NotFoundError) and not known and step is None:
-            error = self._unseen_error(chosen, error)
-        raise_together(self.world, None if known else error, "before anything changed")
-        if stored is None:
-            raise NotFoundError(f"rank 0 found no checkpoint to load in {self.store.url}") if error is None else error
-        return stored
-
-    def _unseen_error(self, step: int, error: NotFoundError) -> RankFailedError:
-        return RankFailedError(
-            f"rank 0 loads step {step} of {self.store.url}, which rank {self.world.rank} does not find: {error.message}",
-            kind="rank-disagrees",
-        )
 
     @contextlib.contextmanager
     def _told(self, timeline: Timeline, step: int, attempt: str = "") -> Iterator[None]:
