@@ -92,9 +92,7 @@ class _Tried:
 
     rank: int
     passed_over: list[str] = field(default_factory=list)
-    error: CheckpointError | None = (
-        None  # of the first load that failed: since then the state may be partly overwritten
-    )
+    error: CheckpointError | None = None  # of the first load that failed; since then the state may be partly filled
     names: set[str] = field(default_factory=set)  # in the state, that such loads may have written to
 
     def pass_over(self, text: str) -> None:
@@ -127,10 +125,8 @@ def restore(
         DamagedError: `nothing-restored`: what there is failed on the way, and nothing older is there.
     """
     start = time.perf_counter()
-    job, tried = (
-        _Job(run=run, tier=tier, state=state, layout=layout, strict=strict, rename=rename),
-        _Tried(rank=run.world.rank),
-    )
+    job = _Job(run=run, tier=tier, state=state, layout=layout, strict=strict, rename=rename)
+    tried = _Tried(rank=run.world.rank)
     if tier is not None:
         _settle(tier, tried)
     done = _newest(job, tried)
