@@ -275,6 +275,7 @@ class Checkpointer:
         self._every, self._background, self._layout = every, background, layout
         self._incremental, self._memory = incremental, memory
         self._tier: Tier | None = None
+        self._owed = False  # a save that is due, and could not be made under its step
         self.restored: Restored | None = None
         if memory is not None and not background:
             raise InvalidInputError("snapshots in memory need saves in the background: background=True")
@@ -316,8 +317,20 @@ class Checkpointer:
     def restore(self, state: State, *, strict: bool = True, rename: Rename = None) -> int | None:
         """Load the newest complete checkpoint into `state`; its step, or None when the run has none. All ranks call.
 
-        With `memory`, from the nearest tier that has the newest step: the memory of agents, else the store. `restored` says
-        which. Also gets ready for the first save, as `prepare` does, and protects the restored state in the agents' memory.
+        With `memory`, from the nearest tier that has the newest step: the memory of agents, else the store. What turns out to be
+        damaged, on any rank, is passed over for the next older one on either tier, by all ranks alike and with a warning.
+        `restored` says what was loaded and what was passed over. A damaged checkpoint in the store is left as it is; a save that
+        is due at its step is made one step later, unless it is forgotten by then. `ckpt.load`, which is asked for a certain
+        checkpoint, raises instead.
+
+        Also gets ready for the first save, as `prepare` does, and protects the restored state in the agents' memory.
+
+        Raises:
+            DamagedError: `nothing-restored`: all that there is turned out to be damaged; lists it. The state may be partly
+                overwritten.
+            MismatchError: names, shapes or dtypes differ from what was saved; lists all differences.
+            StoreError: the store refused or cannot be reached, and memory has nothing.
+            RankFailedError: another rank failed with one of these, or is missing.
         """
         self.restored = restore(self._run, self._tier, state, self._layout, strict=strict, rename=rename)
         self._run.resume()
@@ -351,16 +364,23 @@ class Checkpointer:
     ) -> PendingSave | None:
         """Save when it is time. Returns the save on its way, or None when there was nothing to do. All ranks call.
 
+        A step whose number a damaged checkpoint has, which `restore` went back behind, is kept in memory alone where there is
+        `memory`, else skipped; the next step is saved in its place.
+
         Raises:
             SaveFailedError: an earlier save failed, with its step and cause; this one is on its way all the same. `busy`: the
                 saves before are not over and the policy is to fail.
         """
         for_memory = self._memory is not None and self._run.snapshot_due(step, self._memory)
-        if step % self._every:
-            if not for_memory:
-                return None
+        due = self._owed or step % self._every == 0
+        self._owed = due and self._run.is_taken(step)
+        if (for_memory and not due) or (self._owed and self._memory is not None):
             self._attach(state)
             return self._run.keep(state, _request(step, metrics, metadata, self._layout, False), self._layout)
+        if not due:
+            return None
+        if self._owed:
+            return self._run.skip_taken(step)
         request = _request(step, metrics, metadata, self._layout, self._incremental)
         if self._background:
             self._attach(state)
@@ -375,6 +395,9 @@ class Checkpointer:
 
     def close(self) -> None:
         """Wait for the saves on their way and let go of everything, agents included: the job is over. May be called twice."""
+        if self._owed:
+            self._owed = False
+            _log.error("the last save was not made: a damaged checkpoint has its step, and no step came after it")
         self._run.close(_ending.get("grace_s"), over="grace_s" not in _ending)
 
     def __enter__(self) -> Checkpointer:

@@ -59,10 +59,10 @@ def steps(store: Store) -> list[int]:
     return [step for step, there in zip(candidates, present, strict=True) if there]
 
 
-def latest(store: Store) -> int | None:
-    """The newest complete step, None when there is none. Looks from the newest backwards."""
+def latest(store: Store, *, below: int | None = None) -> int | None:
+    """The newest complete step (before `below`), None when there is none. Looks from the newest backwards."""
     for step in reversed(_step_folders(store)):
-        if store.exists(names.manifest_key(step)):
+        if (below is None or step < below) and store.exists(names.manifest_key(step)):
             return step
     return None
 

@@ -25,6 +25,7 @@ from ckpt.commit import find, pins, retention
 from ckpt.commit.complete import Request
 from ckpt.commit.gc import collect_garbage
 from ckpt.config import Memory, Options
+from ckpt.engine import opening
 from ckpt.engine.attempt import Attempt, Saved
 from ckpt.engine.keeper import Follower, Keeper
 from ckpt.engine.load import Loaded, Rename, load_state
@@ -36,12 +37,10 @@ from ckpt.engine.reader import StoredCheckpoint
 from ckpt.engine.save import SaveSession
 from ckpt.engine.torch_world import current_world
 from ckpt.engine.worker import Worker
-from ckpt.engine.world import World, gather_or_raise, raise_together
+from ckpt.engine.world import World
 from ckpt.errors import (
     AlreadyExistsError,
     CheckpointError,
-    NotFoundError,
-    RankFailedError,
     SaveFailedError,
     first_line,
 )
@@ -112,6 +111,7 @@ class Run:
         self._failed: list[tuple[PendingSave, BaseException]] = []  # that nobody was told of yet
         self.skipped = 0  # saves, by the policy `when_busy`
         self.resumed = False  # the job goes on from what an earlier start of it has left; see `_is_kept`
+        self._damaged: set[int] = set()  # steps in the store that the job went back behind; equal on all ranks
         LIVE.add(self)
 
     def prepare(self, state: State, layout: Layout | None, *, background: bool) -> None:
@@ -217,71 +217,54 @@ class Run:
         """The job goes on from here: what an earlier start of it may still complete is no mistake of this one's."""
         self.resumed = self._session.may_appear = True
 
-    def load_from(
-        self, stored: StoredCheckpoint, state: State, layout: Layout | None, *, strict: bool, rename: Rename
-    ) -> Loaded:
-        """Fill `state` from a checkpoint that all ranks have opened. All ranks call."""
-        fence.fence()
-        timeline = Timeline()
-        loaded = load_state(
-            stored, state, self.world, layout=layout, strict=strict, rename=rename, include=None, timeline=timeline
-        )
-        timeline.add("total", timeline.start, time.perf_counter(), nbytes=loaded.wanted_nbytes)
-        self._tell_later(timeline, loaded.step, stored.manifest.attempt, "ok", operation="load")
-        return loaded
-
-    def load_near(self, own: OwnImage | None, state: State, layout: Layout | None) -> Loaded | None:
-        """Fill `state` from images in memory of the ranks' own; None when these are not enough. All ranks call."""
-        fence.fence()
-        timeline = Timeline()
-        loaded = load_near(own, state, self.world, self.options, layout=layout, timeline=timeline)
-        if loaded is not None:
-            timeline.add("total", timeline.start, time.perf_counter(), nbytes=loaded.wanted_nbytes)
-            self._tell_later(timeline, loaded.step, own.attempt if own else "", "ok", operation="load")
-        return loaded
-
-    def newest_step(self) -> int:
-        """The newest complete step in the store as rank 0 finds it, -1 when there is none. All ranks call."""
-        error: CheckpointError | None = None
-        found = -1
+    def go_back_behind(self, step: int) -> None:
+        """The checkpoint of `step` in the store is damaged, and the job goes on from an older one. All ranks call."""
+        self._damaged.add(step)
+        self._session.refer_to_nothing()
         if self.world.rank == 0:
-            try:
-                found = max(find.steps(self.store), default=-1)
-            except NotFoundError:
-                pass
-            except CheckpointError as problem:
-                error = problem
-        answers = gather_or_raise(self.world, b"%d" % found, error, "before anything changed")
-        return int(answers[0])
+            place = f"{self.store.url}@{step}"
+            _log.warning(
+                "step %d in %s is damaged and is left as it is: `ckpt verify %s` lists the damage. Until it is forgotten "
+                "(`ckpt forget %s`), a save that is due at step %d is made one step later",
+                step, self.store.url, place, place, step,
+            )  # fmt: skip
 
-    def _finish(self, attempt: Attempt) -> Saved:
-        with self._told(attempt.timeline, attempt.request.step, attempt.id):
-            saved = self._session.finish(attempt)
-        self._committed(saved.step)
-        return saved
+    def is_taken(self, step: int) -> bool:
+        """Whether `step` cannot be saved, as the damaged checkpoint that this job went back behind has its number. All ranks
+        call, with the same steps; only at one that was damaged does that cost an exchange."""
+        if step not in self._damaged:
+            return False
+        if not self._anyone(self._session.is_there(step)):
+            self._damaged.discard(step)  # somebody has forgotten it
+            return False
+        if self.world.rank == 0:
+            _log.warning("step %d in %s is there, and damaged: the next step is saved instead", step, self.store.url)
+        return True
+
+    def skip_taken(self, step: int) -> PendingSave:
+        """What a save of a step that is taken returns."""
+        return self._skip(step, Timeline(), "a damaged checkpoint has its number; the next step is saved instead")
 
     @collector_paused()
-    def load(
+    def load_from(
         self,
+        stored: StoredCheckpoint,
         state: State,
-        step: int | None,
         layout: Layout | None,
         *,
         strict: bool,
         rename: Rename,
         include: Sequence[str] | None = None,
         progress: Progress | None = None,
+        timeline: Timeline | None = None,
     ) -> Loaded:
-        """Fill `state` from checkpoint `step`, from the newest one when None. All ranks call.
+        """Fill `state` from a checkpoint that all ranks have opened. All ranks call.
 
         Without the cyclic collector: it took a third of the time of a load of 20,000 tensors, to find nothing.
         """
-        self._settle(0)
         fence.fence()  # a save to another run may still be copying what is filled here
-        timeline = Timeline()
-        stored: StoredCheckpoint | None = None
-        try:
-            stored = self._open_together(step)
+        timeline = timeline or Timeline()
+        with self._failed_load_told(timeline, stored.step):
             loaded = load_state(
                 stored,
                 state,
@@ -293,42 +276,74 @@ class Run:
                 progress=progress,
                 timeline=timeline,
             )
-        except CheckpointError as error:
-            timeline.add("total", timeline.start, time.perf_counter())
-            number = (-1 if step is None else step) if stored is None else stored.step
-            self._tell_later(timeline, number, "", "failed", first_line(error), operation="load")
-            raise
         timeline.add("total", timeline.start, time.perf_counter(), nbytes=loaded.wanted_nbytes)
         self._tell_later(timeline, loaded.step, stored.manifest.attempt, "ok", operation="load")
         return loaded
 
-    def _open_together(self, step: int | None) -> StoredCheckpoint:
-        """The same step on every rank, also while another job saves: rank 0 decides."""
-        stored: StoredCheckpoint | None = None
-        error: CheckpointError | None = None
+    @collector_paused()
+    def load_near(self, own: OwnImage | None, step: int, state: State, layout: Layout | None) -> Loaded | None:
+        """Fill `state` from images in memory of the ranks' own; None when these are not enough. All ranks call."""
+        fence.fence()
+        timeline = Timeline()
+        with self._failed_load_told(timeline, step):
+            loaded = load_near(own, state, self.world, self.options, layout=layout, timeline=timeline)
+        if loaded is not None:
+            timeline.add("total", timeline.start, time.perf_counter(), nbytes=loaded.wanted_nbytes)
+            self._tell_later(timeline, step, own.attempt if own else "", "ok", operation="load")
+        return loaded
+
+    def newest_step(self, *, below: int | None = None) -> int:
+        """As `opening.newest_step`."""
+        return opening.newest_step(self.store, self.world, below=below)
+
+    def open_found(self, step: int) -> StoredCheckpoint:
+        """As `opening.open_found`."""
+        self._settle(0)
+        with self._failed_load_told(Timeline(), step):
+            return opening.open_found(self.store, self.world, self.options, step)
+
+    def _finish(self, attempt: Attempt) -> Saved:
+        with self._told(attempt.timeline, attempt.request.step, attempt.id):
+            saved = self._session.finish(attempt)
+        self._committed(saved.step)
+        return saved
+
+    def load(
+        self,
+        state: State,
+        step: int | None,
+        layout: Layout | None,
+        *,
+        strict: bool,
+        rename: Rename,
+        include: Sequence[str] | None = None,
+        progress: Progress | None = None,
+    ) -> Loaded:
+        """Fill `state` from checkpoint `step`, from the newest one when None. All ranks call."""
+        self._settle(0)
+        timeline = Timeline()
+        with self._failed_load_told(timeline, -1 if step is None else step):
+            stored = opening.open_together(self.store, self.world, self.options, step)
+        return self.load_from(
+            stored,
+            state,
+            layout,
+            strict=strict,
+            rename=rename,
+            include=include,
+            progress=progress,
+            timeline=timeline,
+        )
+
+    @contextlib.contextmanager
+    def _failed_load_told(self, timeline: Timeline, step: int) -> Iterator[None]:
+        """When the block fails, the events hear of it."""
         try:
-            if self.world.rank == 0 or step is not None:
-                stored = StoredCheckpoint(self.store, "latest" if step is None else step, self.options)
-        except CheckpointError as problem:
-            error = problem
-        value = -1 if stored is None else stored.step
-        known = isinstance(error, NotFoundError) and self.world.rank == 0 and step is None
-        answers = self.world.all_gather(np.array([value], np.int64).view(np.uint8))
-        chosen = int(answers[0].copy().view(np.int64)[0])
-        if stored is None and error is None and chosen >= 0:
-            try:
-                stored = StoredCheckpoint(self.store, chosen, self.options)
-            except CheckpointError as problem:
-                error = problem
-        if isinstance(error, NotFoundError) and not known and step is None:
-            error = RankFailedError(
-                f"rank 0 loads step {chosen} of {self.store.url}, which rank {self.world.rank} does not find: {error.message}",
-                kind="rank-disagrees",
-            )
-        raise_together(self.world, None if known else error, "before anything changed")
-        if stored is None:
-            raise NotFoundError(f"rank 0 found no checkpoint to load in {self.store.url}") if error is None else error
-        return stored
+            yield
+        except CheckpointError as error:
+            timeline.add("total", timeline.start, time.perf_counter())
+            self._tell_later(timeline, step, "", "failed", first_line(error), operation="load")
+            raise
 
     @contextlib.contextmanager
     def _told(self, timeline: Timeline, step: int, attempt: str = "") -> Iterator[None]:
@@ -457,7 +472,8 @@ class Run:
         try:
             steps = find.steps(self.store)
             pinned = pins.pinned(self.store, steps)
-            old = [step for step in steps[: -self._keep_last] if step not in pinned]
+            kept = [step for step in steps if step not in self._damaged][-self._keep_last :]  # a damaged one is none
+            old = [step for step in steps if step < min(kept, default=0) and step not in pinned]
             if old:
                 retention.forget(self.store, old)
                 collect_garbage(self.store, options=self.options)

@@ -285,6 +285,17 @@ class SaveSession:
         except CheckpointError:
             return False
 
+    def is_there(self, step: int) -> bool:
+        """Whether the store has a manifest of a step, whatever is in it. A store that cannot be asked may have one."""
+        try:
+            return self._store.exists(names.manifest_key(step))
+        except CheckpointError:
+            return True
+
+    def refer_to_nothing(self) -> None:
+        """The next incremental save writes all: what lies in the store is not what was written. No save is on its way."""
+        self._earlier.drop()
+
     def abandon(self, attempt: Attempt, error: CheckpointError) -> None:
         """Give up an attempt that another thread is finishing: stop its copies and tell the other ranks. Any thread.
 

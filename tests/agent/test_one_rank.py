@@ -67,6 +67,41 @@ def test_an_incremental_save_that_is_newer_than_memory_is_what_the_job_comes_bac
     assert torch.equal(target["model"]["base"], state(2)["model"]["base"])
 
 
+def damage(run: Path, number: int) -> None:
+    """One bit of the image of a step in the store."""
+    (image,) = run.glob(f"step-{number:012d}/*/*.safetensors")
+    data = bytearray(image.read_bytes())
+    data[len(data) // 2] ^= 1
+    image.write_bytes(data)
+
+
+def test_a_step_whose_number_a_damaged_checkpoint_has_is_kept_in_memory_and_the_next_is_stored(
+    make: Make, tmp_path: Path
+) -> None:
+    first = make(every=2, memory=Memory(every=1000))
+    assert [step(first, number, state(number)) for number in (2, 4)] == ["store", "store"]
+    first.close()
+    damage(tmp_path / "run", 4)
+    target, second = state(0), make(every=2, memory=Memory(every=1000))
+    assert second.restore(target) == 2
+    assert [step(second, number, state(number)) for number in (4, 5, 6)] == ["memory", "store", "store"]
+    assert second.step(7, state(7)) is None
+    assert find.steps(open_store(tmp_path / "run", options=Options())) == [2, 4, 5, 6]
+
+
+def test_memory_of_the_step_that_is_damaged_in_the_store_brings_the_job_back(make: Make, tmp_path: Path) -> None:
+    first = make(every=2, memory=Memory(every=1000))
+    assert [step(first, number, state(number)) for number in (2, 4)] == ["store", "store"]
+    first.close()
+    damage(tmp_path / "run", 4)
+    second = make(every=2, memory=Memory(every=1000))
+    assert (second.restore(state(0)), step(second, 4, state(44))) == (2, "memory")
+    leave(second)
+    target, third = state(0), make(every=2, memory=Memory(every=1000))
+    assert third.restore(target) == 4
+    assert torch.equal(target["model"]["w"], state(44)["model"]["w"])
+
+
 @pytest.mark.parametrize("how", ["argument", "environment"])
 def test_topology_file_says_which_domain_a_host_is_in(
     make: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, how: str

@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 
 from ckpt.agent.header import HEADER_BYTES
+from ckpt.agent.segments import peek
 from ckpt.commit import find
 from ckpt.config import Options
 from ckpt.store.open import open_store
@@ -196,6 +197,26 @@ def test_flipped_bit_in_memory_counts_as_lost(scene: Scene, kind: str) -> None:
         nodes[0] = scene.nodes.add()
     restored = scene.restore(nodes, 6, every=4)
     assert what(restored) == {"image": ("memory", 4, (1,)), "header": ("memory", 4, ())}.get(kind, ("store", 4, ()))
+
+
+@pytest.mark.parametrize("layout", ["replicated", "fsdp"])  # all ranks meet the damage in the store, or one of them
+def test_behind_a_damaged_checkpoint_an_older_snapshot_in_memory_comes_before_an_older_checkpoint(
+    scene: Scene, layout: str
+) -> None:
+    nodes = [scene.nodes.add() for _ in range(3)]
+    scene.train_and_kill(nodes, 6, every=3, layout=layout)
+    images = sorted(Path(scene.url).glob("step-000000000006/*/*.safetensors"))
+    flip(images[1], images[1].stat().st_size // 3)
+    for node in nodes[1:]:  # of step 6 more is damaged than parity makes again
+        for path in node.segments():
+            if "parity" not in str(path.parent) and peek(path).step == 6:
+                flip(path, HEADER_BYTES + 20_000)
+    restored = scene.restore(nodes, 9, every=3, layout=layout)
+    assert what(restored) == ("memory", 4, ())
+    passed_over = list(dict.fromkeys(text.partition(":")[0] for text in restored["passed_over"]))
+    assert passed_over == ["step 6 in memory", "step 6 on the store"]
+    # Step 6 cannot be saved again: it is kept in memory, and the next step is stored.
+    assert steps_in(scene.url) == [3, 6, 7, 9]
 
 
 def flip(path: Path, place: int) -> None:

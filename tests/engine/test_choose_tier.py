@@ -125,7 +125,7 @@ def test_a_state_that_was_partly_overwritten_is_not_taken_for_a_new_one(tmp_path
     memory = Memory(saved(tmp_path / "memory", 7), 7)
     damage_end(tmp_path / "memory", 7)
     (tmp_path / "store").mkdir()
-    with pytest.raises(DamagedError, match="nothing could be restored, and the state is partly overwritten"):
+    with pytest.raises(DamagedError, match="nothing could be restored, and the state may be partly overwritten"):
         come_back(tmp_path / "store", memory, job(0.0))
 
 
