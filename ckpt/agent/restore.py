@@ -22,7 +22,7 @@ from ckpt.commit import names
 from ckpt.commit.assemble import Assembler
 from ckpt.commit.complete import PROGRAM
 from ckpt.config import Options
-from ckpt.engine.near import OwnImage
+from ckpt.engine.keeper import OwnImage
 from ckpt.engine.world import World, gather_or_raise
 from ckpt.errors import CheckpointError, DamagedError, NotFoundError, StoreError
 from ckpt.format import manifest, receipt

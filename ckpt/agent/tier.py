@@ -35,7 +35,7 @@ from ckpt.agent.topology import domain_of, read_topology
 from ckpt.agent.transport.client import Peer
 from ckpt.agent.transport.credentials import SECRET_BYTES, Credentials
 from ckpt.config import AGENT_ADDRESSES_MAX, AGENT_RECORD_BYTES_MAX, Memory, Options
-from ckpt.engine.near import OwnImage
+from ckpt.engine.keeper import OwnImage
 from ckpt.engine.world import World, gather_or_raise
 from ckpt.errors import AgentError, CheckpointError, InvalidInputError
 

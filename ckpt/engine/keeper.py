@@ -6,6 +6,7 @@ real one; a run without agents has none. Never waits without a deadline.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Protocol
 
 import numpy as np
@@ -26,6 +27,16 @@ class Follower(Protocol):
 
     def close(self, timeout_s: float = ...) -> None:
         """Finish, within the time. May be called twice."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class OwnImage:
+    """One rank's image of a snapshot, in memory that this process reads, and the receipt that its writer made of it."""
+
+    store: Store  # that has it, as `store.local_memory(key)`
+    key: str
+    attempt: str
+    receipt: bytes
 
 
 class Keeper(Protocol):

@@ -19,6 +19,7 @@ import numpy as np
 from ckpt.collector import collector_paused
 from ckpt.commit.assemble import blocks_in_order, distinct_in_order
 from ckpt.config import Options
+from ckpt.engine.keeper import OwnImage
 from ckpt.engine.load import Loaded, wanted_pieces
 from ckpt.engine.read import ReadJob, read_bytes_max, run_reads
 from ckpt.engine.reader import ids_of
@@ -34,21 +35,10 @@ from ckpt.format.spec import PieceTable
 from ckpt.layout.layout import Layout
 from ckpt.plan.read import ReadPlan, plan_read, uncovered
 from ckpt.state import LoadTarget, SavedWorld, StoredObjectRow, target
-from ckpt.store.base import Store
 
 _OBJECTS_BYTES_MAX = 1 << 20  # of one rank, and
 _ALL_OBJECTS_BYTES_MAX = 64 << 20  # of all ranks together: each gets the objects of all
 _log = logging.getLogger("ckpt")
-
-
-@dataclass(frozen=True, kw_only=True)
-class OwnImage:
-    """One rank's image of a snapshot, in memory that this process reads, and the receipt that its writer made of it."""
-
-    store: Store  # that has it, as `store.local_memory(key)`
-    key: str
-    attempt: str
-    receipt: bytes
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -18,8 +18,8 @@ from typing import Protocol
 import numpy as np
 
 from ckpt.collector import collector_paused
+from ckpt.engine.keeper import OwnImage
 from ckpt.engine.load import Loaded, Rename
-from ckpt.engine.near import OwnImage
 from ckpt.engine.reader import StoredCheckpoint
 from ckpt.engine.run import Run, State
 from ckpt.errors import CheckpointError, DamagedError, MismatchError, RankFailedError, first_line

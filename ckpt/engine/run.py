@@ -27,9 +27,9 @@ from ckpt.commit.gc import collect_garbage
 from ckpt.config import Memory, Options
 from ckpt.engine import opening
 from ckpt.engine.attempt import Attempt, Saved
-from ckpt.engine.keeper import Follower, Keeper
+from ckpt.engine.keeper import Follower, Keeper, OwnImage
 from ckpt.engine.load import Loaded, Rename, load_state
-from ckpt.engine.near import OwnImage, load_near
+from ckpt.engine.near import load_near
 from ckpt.engine.pace import Pace
 from ckpt.engine.pending import PendingSave, failed_error
 from ckpt.engine.read import Progress

@@ -23,7 +23,8 @@ from ckpt.agent.identity import memory_folder
 from ckpt.agent.tier import Tier
 from ckpt.config import Options
 from ckpt.engine import near
-from ckpt.engine.near import OwnImage, load_near
+from ckpt.engine.keeper import OwnImage
+from ckpt.engine.near import load_near
 from ckpt.engine.world import AloneWorld
 from ckpt.errors import DamagedError, MismatchError, RankFailedError
 from tests.agent.conftest import Make, leave
