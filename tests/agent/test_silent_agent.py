@@ -7,6 +7,7 @@ read back.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import time
@@ -18,7 +19,7 @@ import pytest
 import torch
 
 import ckpt
-from ckpt.agent import discover, own, segments
+from ckpt.agent import discover, own, segments, spawn
 from ckpt.agent.identity import memory_folder, parity_folder
 from ckpt.agent.owner import Owner
 from ckpt.commit import find
@@ -49,9 +50,10 @@ def folders(options: Options) -> Iterator[dict[str, Any]]:
         "commit_timeout_s": 20.0,
     }
     for found in discover.agents(options):
-        if found.status is None:
+        if found.status is None:  # stopped, or about to end
             for path in Path(options.agent_runtime_folder).glob("*/*.lock"):
-                os.kill(int(path.read_text()), signal.SIGKILL)
+                with contextlib.suppress(FileNotFoundError):  # it has ended
+                    spawn.end(int(path.read_text() or "0"))
         else:
             discover.stop(found, options, force=True)
     for folder in (memory_folder(options), parity_folder(options)):  # of agents that were killed, here or by a test
