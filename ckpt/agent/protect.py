@@ -191,6 +191,7 @@ class _Encoder:
         sources = [found.get(id(ring), _NOTHING) for ring in rings]
         target = self._memory[part.target.start : part.target.stop]
         code_blocks(sources, [target], rows, add=add, tile_bytes=self._options.code_tile_bytes)
+        del found, sources  # the rings hold them, and let go of them now
         for ring in having:
             ring.give_back()
         self.pull_s += between - before

@@ -29,13 +29,13 @@ from ckpt.agent.transport.ring import Ring
 from ckpt.agent.transport.wire import Key
 from ckpt.config import PEER_MESSAGE_BYTES_MAX, PEER_MESSAGE_OVERHEAD_BYTES, Options
 from ckpt.errors import InvalidInputError, PeerError
-from ckpt.kernels import crc32c_combine, pack
+from ckpt.kernels import crc32c, crc32c_combine, pack
 
 Value = TypeVar("Value")
 
 _GRACE_S = 0.5  # gRPC's deadline comes after ours, which says why
 _FRAME_BYTES = 1 << 20  # of HTTP/2; the default of 16 KiB costs a tenth more CPU
-_CHUNKS_PER_STREAM = 2  # in memory of ours at a time: one that arrives, one that is put in place
+_CHUNKS_PER_STREAM = 2  # in memory at a time: one that arrives, one that is put in place
 _CHUNKS_AHEAD = 1  # that gRPC may take in while one is put in place; more cost memory and brought nothing
 
 
@@ -371,11 +371,17 @@ class _Target(Protocol):
     nbytes: int
     chunk_bytes: int | None  # of every chunk but the last; None: as the options say, and whatever comes
 
-    def room(self, at: int, nbytes: int, errand: Errand[Any]) -> NDArray[np.uint8] | None:
-        """Where the chunk at byte `at` goes; None when there is no chunk of that size."""
+    def wait_for_room(self, errand: Errand[Any]) -> None:
+        """Until the next chunk may come."""
 
-    def landed(self) -> None:
-        """The chunk is in place and has its checksum."""
+    def fits(self, at: int, nbytes: int) -> bool:
+        """Whether there is a chunk of this size at byte `at`."""
+
+    def put(self, at: int, source: NDArray[np.uint8], errand: Errand[Any]) -> int:
+        """Put a chunk in its place; the CRC-32C of what is there."""
+
+    def landed(self, source: NDArray[np.uint8]) -> None:
+        """The chunk put last is what was sent."""
 
 
 class _Whole:
@@ -385,27 +391,38 @@ class _Whole:
         self._memory, self.nbytes = memory, len(memory)
         self.chunk_bytes: int | None = None
 
-    def room(self, at: int, nbytes: int, errand: Errand[Any]) -> NDArray[np.uint8] | None:
-        return self._memory[at : at + nbytes] if 0 < nbytes <= self.nbytes - at else None
+    def wait_for_room(self, errand: Errand[Any]) -> None:
+        pass
 
-    def landed(self) -> None:
+    def fits(self, at: int, nbytes: int) -> bool:
+        return 0 < nbytes <= self.nbytes - at
+
+    def put(self, at: int, source: NDArray[np.uint8], errand: Errand[Any]) -> int:
+        with errand.writing():
+            return _copy(source, self._memory[at : at + len(source)])
+
+    def landed(self, source: NDArray[np.uint8]) -> None:
         pass
 
 
 class _Through:
-    """Chunk after chunk through a ring."""
+    """Chunk after chunk through a ring, where it stays in the memory in which it came."""
 
     def __init__(self, ring: Ring, nbytes: int) -> None:
         self._ring, self.nbytes = ring, nbytes
         self.chunk_bytes: int | None = ring.chunk_bytes
 
-    def room(self, at: int, nbytes: int, errand: Errand[Any]) -> NDArray[np.uint8] | None:
-        if nbytes < 1 or nbytes != min(self._ring.chunk_bytes, self.nbytes - at):
-            return None
-        return self._ring.room(nbytes, errand.beat)
+    def wait_for_room(self, errand: Errand[Any]) -> None:
+        self._ring.wait_for_room(errand.beat)
 
-    def landed(self) -> None:
-        self._ring.landed()
+    def fits(self, at: int, nbytes: int) -> bool:
+        return 0 < nbytes == min(self._ring.chunk_bytes, self.nbytes - at)
+
+    def put(self, at: int, source: NDArray[np.uint8], errand: Errand[Any]) -> int:
+        return crc32c(source)
+
+    def landed(self, source: NDArray[np.uint8]) -> None:
+        self._ring.land(source)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -430,6 +447,7 @@ class _Transfer:
             errand.on_cancel(reader.cancel)
             at = crc = 0
             while True:
+                self.target.wait_for_room(errand)
                 chunk = reader.read_chunk()
                 head = chunk.app_metadata.to_pybytes() if chunk.app_metadata is not None else b""
                 if wire.is_trailer(head):
@@ -449,20 +467,17 @@ class _Transfer:
     def _land(self, errand: Errand[int], batch: pa.RecordBatch, head: bytes, at: int) -> tuple[int, int]:
         """Put one chunk in place and check it on the way: (bytes, CRC-32C)."""
         told, source = wire.read_chunk_head(head), _bytes_of(batch)
-        room = None
-        if source is not None and told is not None and told[:2] == (at, len(source)):
-            room = self.target.room(at, len(source), errand)
-        if room is None or source is None or told is None:
+        is_next = source is not None and told is not None and told[:2] == (at, len(source))
+        if source is None or told is None or not is_next or not self.target.fits(at, len(source)):
             raise PeerError(f"{self.address} sent something else than chunk at byte {at}", kind="peer-damaged")
-        with errand.writing():
-            crc = _copy(source, room)
+        crc = self.target.put(at, source, errand)
         if crc != told[2]:
             raise PeerError(
                 f"chunk at byte {at} of the {self.key} from {self.address} is damaged: "
                 f"expected crc32c {told[2]:08x}, found {crc:08x}",
                 kind="peer-damaged",
             )
-        self.target.landed()
+        self.target.landed(source)
         return len(source), crc
 
     def _checked(self, head: bytes, at: int, crc: int) -> int:
