@@ -63,6 +63,14 @@ Outcome crc32c_ranges(int kernel, const Bytes& data, const Column<int64_t>& star
   return {status, bad_range};
 }
 
+int crc32c_join(const Column<uint32_t>& crcs, const Column<int64_t>& nbytes, const Column<int64_t>& firsts, const Sums& out) {
+  require(nbytes.shape(0) == crcs.shape(0), "columns of runs differ in length");
+  require(firsts.shape(0) == out.shape(0) + 1, "there must be one more first than groups");
+  nb::gil_scoped_release released;
+  return ckpt_crc32c_join(crcs.data(), nbytes.data(), static_cast<int64_t>(crcs.shape(0)), firsts.data(),
+                          static_cast<int64_t>(out.shape(0)), out.data());
+}
+
 std::tuple<int, int64_t, int64_t> pack(int kernel, const Target& target, int64_t start, const Column<uint64_t>& source,
                                        const Column<uint64_t>& source_limit, const Column<int64_t>& position,
                                        const Table& lengths, const Table& source_strides, const Column<int64_t>& itemsize,
@@ -320,6 +328,8 @@ NB_MODULE(_native, module) {
   module.def("crc32c_ranges", &crc32c_ranges, "kernel"_a, "data"_a.noconvert(), "starts"_a.noconvert(),
              "stops"_a.noconvert(), "out"_a.noconvert(), "threads"_a);
   module.def("crc32c_combine", &ckpt_crc32c_combine, "crc_a"_a, "crc_b"_a, "nbytes_b"_a);
+  module.def("crc32c_join", &crc32c_join, "crcs"_a.noconvert(), "nbytes"_a.noconvert(), "firsts"_a.noconvert(),
+             "out"_a.noconvert());
   module.def("pack", &pack, "kernel"_a, "target"_a.noconvert(), "start"_a, "source"_a.noconvert(),
              "source_limit"_a.noconvert(), "position"_a.noconvert(), "lengths"_a.noconvert(), "source_strides"_a.noconvert(),
              "itemsize"_a.noconvert(), "segment_starts"_a.noconvert(), "segment_stops"_a.noconvert(), "out"_a.noconvert(),

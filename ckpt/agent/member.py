@@ -305,7 +305,7 @@ class Member:
                 slots.discard(segment.name, header.generation)
 
     def _keep(self, call: Call) -> dict[str, Any]:
-        """The trainer has written a blob: take its checksum, and begin to protect it."""
+        """The trainer has written a blob, and mostly its checksums behind it: begin to protect it."""
         membership = self._membership
         if membership is None:
             raise AgentError("the trainer has not joined a group", kind="not-joined")
@@ -315,7 +315,8 @@ class Member:
             memory = segment.payload()
             if blob_bytes > len(memory):
                 raise InvalidInputError(f"a blob of {blob_bytes:,} bytes in a segment of {len(memory):,}")
-            pieces = Pieces(memory[:blob_bytes])
+            said = Pieces.told(blob_bytes, memory[blob_bytes:], call.params.get("summed"))
+            pieces = Pieces.of(memory[:blob_bytes]) if said is None else said
             card = Card(
                 rank=membership.rank,
                 world=membership.world,

@@ -24,8 +24,10 @@ from ckpt.agent import blob, segments, spawn, wire
 from ckpt.agent.flush import options_for_agent
 from ckpt.agent.identity import Identity, memory_folder, parity_folder
 from ckpt.agent.local import Client, Described, Mapped
+from ckpt.agent.pieces import Pieces
 from ckpt.commit.complete import Request
 from ckpt.config import AGENT_POPULATE_BYTES, AGENT_RECORD_BYTES_MAX, Options
+from ckpt.engine.keeper import Checksums, piece_bytes_of
 from ckpt.engine.worker import Worker
 from ckpt.errors import AgentError, CheckpointError, PeerError, SaveFailedError
 from ckpt.snapshot import pinned as pins
@@ -277,7 +279,14 @@ class OwnAgent:
         return memory
 
     def seal(
-        self, memory: NDArray[np.uint8], *, image_bytes: int, receipt: bytes, request: Request, changed: bool
+        self,
+        memory: NDArray[np.uint8],
+        *,
+        image_bytes: int,
+        receipt: bytes,
+        request: Request,
+        changed: bool,
+        checksums: Checksums,
     ) -> None:
         """As Keeper.seal."""
         taken = self._taken[memory.ctypes.data]
@@ -289,14 +298,16 @@ class OwnAgent:
                 kind="no-room",
             )
         memory[image_bytes:blob_bytes] = np.frombuffer(rest, np.uint8)
+        known = Pieces.after_image(checksums(piece_bytes_of(blob_bytes)), image_bytes, rest)
         params = {
+            "summed": known.tell(memory[blob_bytes:].data),
             "name": taken.began.name,
             "generation": taken.began.generation,
             "image_bytes": image_bytes,
             "blob_bytes": blob_bytes,
             "changed": changed,
         }
-        # It sums up the blob first.
+        # It may sum up the blob first.
         timeout_s = self._options.agent_call_timeout_s + blob_bytes / _SUMMED_BYTES_PER_S
         taken.client.call("keep", params, timeout_s=timeout_s)
 

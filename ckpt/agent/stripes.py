@@ -14,7 +14,7 @@ from collections import Counter
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 
-from ckpt.agent.pieces import piece_bytes_of
+from ckpt.engine.keeper import piece_bytes_of
 from ckpt.errors import InvalidInputError
 from ckpt.kernels.erasure import SOURCES_MAX, TARGETS_MAX
 

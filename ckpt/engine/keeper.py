@@ -6,6 +6,7 @@ real one; a run without agents has none. Never waits without a deadline.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -13,7 +14,16 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ckpt.commit.complete import Request
+from ckpt.config import KIB, MIB
 from ckpt.store.base import Store
+
+_SMALL_BYTES = 16 * MIB  # up to here, an image has pieces of a page
+Checksums = Callable[[int], NDArray[np.uint32]]
+
+
+def piece_bytes_of(nbytes: int) -> int:
+    """Of the pieces of an image, or of what is protected of it, whose checksums go with it. Multiples of all smaller ones."""
+    return 4 * KIB if nbytes <= _SMALL_BYTES else 256 * KIB
 
 
 class Follower(Protocol):
@@ -54,9 +64,21 @@ class Keeper(Protocol):
         the agent does not say so within `agent_begin_timeout_s`."""
 
     def seal(
-        self, memory: NDArray[np.uint8], *, image_bytes: int, receipt: bytes, request: Request, changed: bool
+        self,
+        memory: NDArray[np.uint8],
+        *,
+        image_bytes: int,
+        receipt: bytes,
+        request: Request,
+        changed: bool,
+        checksums: Checksums,
     ) -> None:
-        """The image is complete: protect it with the group. The memory is no longer this process's to write."""
+        """The image is complete: protect it with the group. The memory is no longer this process's to write.
+
+        Args:
+            checksums: CRC-32C of each so many bytes of the image, as they were when its receipt was made: for multiples of
+                `piece_bytes_of(image_bytes)`.
+        """
 
     def flush(self, memory: NDArray[np.uint8]) -> None:
         """Store the sealed image as its part of a checkpoint; the agent does so also when this process is gone."""

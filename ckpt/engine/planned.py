@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 
 from ckpt.collector import collector_paused
 from ckpt.engine.agree import agree, find_disagreements, names_by_hash
+from ckpt.engine.keeper import piece_bytes_of
 from ckpt.engine.structure import Digests
 from ckpt.engine.world import World
 from ckpt.errors import CheckpointError, RankFailedError
@@ -42,8 +43,12 @@ class Planned:
 class Planner:
     """The plan of the structure that one rank saves. One owner, on the training thread."""
 
-    def __init__(self, world: World, chunk_bytes: int) -> None:
-        self._world, self._chunk_bytes = world, chunk_bytes
+    def __init__(self, world: World, chunk_bytes: int, *, kept: bool = False) -> None:
+        """
+        Args:
+            kept: a keeper gets images, and wants to know checksums of their pieces.
+        """
+        self._world, self._chunk_bytes, self._kept = world, chunk_bytes, kept
         self._digests = Digests()
         self._planned: Planned | None = None
         self._unproven = False  # planned ahead: whether this is the structure that all ranks save is not yet known
@@ -160,6 +165,7 @@ class Planner:
                 planned.piece_of_row[layout.source],
                 chunk_bytes=self._chunk_bytes,
                 block_bytes=planned.block_bytes,
+                cut_bytes=piece_bytes_of(layout.total_bytes) if self._kept else 0,
             )
             self._program = (key, program)
         return self._program[1]

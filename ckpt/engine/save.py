@@ -52,7 +52,7 @@ class SaveSession:
 
     def __init__(self, store: Store, world: World, options: Options, keeper: Keeper | None = None) -> None:
         self._store, self._world, self._options, self._keeper = store, world, options, keeper
-        self._planner = Planner(world, options.chunk_bytes)
+        self._planner = Planner(world, options.chunk_bytes, kept=keeper is not None)
         self._count = 0
         self.may_appear = False  # whether a step may be completed by an earlier start of this job
         self._sources: Sources | None = None
@@ -221,7 +221,14 @@ class SaveSession:
         nbytes = attempt.program.layout.total_bytes
         with timeline.phase("seal", nbytes=nbytes):
             payload = receipt.pack(self._receipt(attempt, whole=True))
-            keeper.seal(memory, image_bytes=nbytes, receipt=payload, request=attempt.request, changed=attempt.changed)
+            keeper.seal(
+                memory,
+                image_bytes=nbytes,
+                receipt=payload,
+                request=attempt.request,
+                changed=attempt.changed,
+                checksums=lambda piece_bytes: attempt.packer.checksums_between(memory[:nbytes], piece_bytes),
+            )
         attempt.sealed = True
         if not attempt.to_store:
             with timeline.phase("protect", nbytes=nbytes):

@@ -6,7 +6,7 @@ In: NumPy columns, addresses, buffers, descriptors. Out: copied, read or written
 silently, never imports torch.
 """
 
-from ckpt.kernels.checksum import crc32c, crc32c_combine, crc32c_ranges
+from ckpt.kernels.checksum import crc32c, crc32c_combine, crc32c_join, crc32c_ranges
 from ckpt.kernels.choice import kernel_info
 from ckpt.kernels.copy import copy_boxes
 from ckpt.kernels.erasure import BlockSums, Code, CodeId, code_blocks, code_for, code_from_record
@@ -31,6 +31,7 @@ __all__ = [
     "copy_boxes",
     "crc32c",
     "crc32c_combine",
+    "crc32c_join",
     "crc32c_ranges",
     "kernel_info",
     "pack",

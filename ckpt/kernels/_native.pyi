@@ -33,6 +33,9 @@ def crc32c_ranges(
     threads: int,
 ) -> tuple[int, int]: ...
 def crc32c_combine(crc_a: int, crc_b: int, nbytes_b: int) -> int: ...
+def crc32c_join(
+    crcs: NDArray[np.uint32], nbytes: NDArray[np.int64], firsts: NDArray[np.int64], out: NDArray[np.uint32]
+) -> int: ...
 def pack(
     kernel: int,
     target: NDArray[np.uint8],

@@ -64,6 +64,25 @@ def crc32c_combine(a: int, b: int, nbytes_b: int) -> int:
     return int(choice.native().crc32c_combine(a, b, nbytes_b))
 
 
+def crc32c_join(crcs: NDArray[np.uint32], nbytes: NDArray[np.int64], firsts: NDArray[np.int64]) -> NDArray[np.uint32]:
+    """[G] the CRC-32C of runs `firsts[g]` to `firsts[g + 1]` one after the other, from that of each; 0 for none.
+
+    Args:
+        crcs, nbytes: [M] of the runs.
+        firsts: [G + 1], ascending, within 0 to M.
+    """
+    crcs = integer_column("crcs", crcs, np.uint32, (len(crcs),))
+    nbytes = integer_column("nbytes", nbytes, np.int64, (len(crcs),))
+    if len(firsts) < 1:
+        raise InvalidInputError("`firsts` must hold at least one number")
+    firsts = integer_column("firsts", firsts, np.int64, (len(firsts),))
+    out = np.zeros(len(firsts) - 1, np.uint32)
+    join = reference.crc32c_join if choice.demanded() == choice.REFERENCE else choice.native().crc32c_join
+    if join(crcs, nbytes, firsts, out) != Status.OK:
+        raise InvalidInputError(f"`firsts` must ascend within 0 to {len(crcs)}, and sizes must not be negative")
+    return out
+
+
 def _check_crc(name: str, value: int) -> None:
     if not 0 <= value < 1 << 32:
         raise InvalidInputError(f"`{name}` must be a CRC-32C (0 <= value < 2**32), found {value}")

@@ -271,6 +271,21 @@ def crc32c_combine(a: int, b: int, nbytes_b: int) -> int:
     return int(_multiply(a, _power_of_bytes(nbytes_b))) ^ b
 
 
+def crc32c_join(
+    crcs: NDArray[np.uint32], nbytes: NDArray[np.int64], firsts: NDArray[np.int64], out: NDArray[np.uint32]
+) -> int:
+    """Status; `out` is untouched unless the columns pass."""
+    bounds = firsts.tolist()
+    if bounds[0] < 0 or bounds[-1] > len(crcs) or bounds != sorted(bounds) or (nbytes < 0).any():
+        return Status.BAD_ARGUMENT
+    for group, (first, last) in enumerate(zip(bounds, bounds[1:], strict=False)):
+        joined = 0
+        for run in range(first, last):
+            joined = crc32c_combine(joined, int(crcs[run]), int(nbytes[run]))
+        out[group] = joined
+    return Status.OK
+
+
 def pack(
     *,
     target: NDArray[np.uint8],

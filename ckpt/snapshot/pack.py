@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from ckpt.format.checksum import block_ranges
 from ckpt.format.image import ImageLayout
 from ckpt.format.spec import PieceTable, TensorSpec
-from ckpt.kernels import crc32c_combine, crc32c_ranges, pack
+from ckpt.kernels import crc32c_join, crc32c_ranges, pack
 from ckpt.layout.box import BoxTable, Int64Array, boxes_of_flat_range
 
 
@@ -31,11 +31,12 @@ class PackProgram:
     itemsize: Int64Array  # [K] bytes
     position: Int64Array  # [K] bytes from the start of the image
     part_starts: Int64Array  # [chunks + 1]
-    segment_start: Int64Array  # [S] bytes from the start of the image; a block, or its part in one chunk
+    segment_start: Int64Array  # [S] bytes from the start of the image; a block, or its part in one chunk (and piece)
     segment_stop: Int64Array  # [S]
     segment_block: Int64Array  # [S] number of the block
     segment_starts: Int64Array  # [chunks + 1]
     num_blocks: int
+    cut_bytes: int  # no segment lies across a multiple of it; 0: only of `chunk_bytes`
 
     @property
     def num_chunks(self) -> int:
@@ -55,12 +56,14 @@ def make_program(
     *,
     chunk_bytes: int,
     block_bytes: int,
+    cut_bytes: int = 0,
 ) -> PackProgram:
     """Cut an image layout at chunk boundaries.
 
     Args:
         pieces: the boxes of the rank's pieces.
         piece_of_row: [N] for each row of `layout.rows` the piece that it is a part of.
+        cut_bytes: also sum up what lies between its multiples by itself, for `Packer.checksums_between`.
     """
     itemsize = np.array([spec.itemsize for spec in specs], np.int64)[layout.rows.tensor]
     within = layout.rows.offsets - pieces.offsets[piece_of_row]
@@ -77,6 +80,9 @@ def make_program(
     edges = np.arange(num_chunks + 1) * chunk_bytes
     starts, stops = block_ranges(layout.offsets, layout.nbytes, block_bytes)
     segments = _cut_segments(starts, stops, chunk_bytes)
+    if cut_bytes:
+        low, high, which = _cut_segments(segments[0], segments[1], cut_bytes)
+        segments = low, high, segments[2][which]
     return PackProgram(
         layout=layout,
         chunk_bytes=chunk_bytes,
@@ -91,6 +97,7 @@ def make_program(
         segment_block=segments[2],
         segment_starts=np.searchsorted(segments[0], edges),
         num_blocks=len(starts),
+        cut_bytes=cut_bytes,
     )
 
 
@@ -260,12 +267,27 @@ class Packer:
     def checksums(self) -> NDArray[np.uint32]:
         """[B] of all blocks, in image order. All chunks have been summed."""
         program = self._program
-        first = np.searchsorted(program.segment_block, np.arange(program.num_blocks))
-        out = self._crc[first]
-        for i in np.flatnonzero(program.segment_block[1:] == program.segment_block[:-1]) + 1:  # over a chunk boundary
-            block, nbytes = program.segment_block[i], int(program.segment_stop[i] - program.segment_start[i])
-            out[block] = crc32c_combine(int(out[block]), int(self._crc[i]), nbytes)
-        return out
+        firsts = np.searchsorted(program.segment_block, np.arange(program.num_blocks + 1))
+        return crc32c_join(self._crc, program.segment_stop - program.segment_start, firsts)
+
+    def checksums_between(self, image: NDArray[np.uint8], step_bytes: int) -> NDArray[np.uint32]:
+        """[P] of each `step_bytes` of the image, the last of which may be fewer. All chunks have been summed.
+
+        Args:
+            image: its bytes, of which only those are read that no block covers.
+            step_bytes: a multiple of the `cut_bytes` that the program was made with.
+        """
+        program, total = self._program, self._program.layout.total_bytes
+        assert program.cut_bytes and step_bytes % program.cut_bytes == 0, (program.cut_bytes, step_bytes)
+        starts, stops = program.segment_start, program.segment_stop
+        low, high = np.concatenate([[0], stops]), np.concatenate([starts, [total]])
+        low, high, _ = _cut_segments(low[low < high], high[low < high], step_bytes)
+        first = np.concatenate([starts, low])
+        order = np.argsort(first, kind="stable")
+        crcs = np.concatenate([self._crc, crc32c_ranges(image, low, high)])[order]
+        nbytes = np.concatenate([stops - starts, high - low])[order]
+        edges = np.arange(-(-total // step_bytes) + 1) * step_bytes
+        return crc32c_join(crcs, nbytes, np.searchsorted(first[order], edges))
 
     def tensor_of_block(self, block: int) -> int:
         """Number of the spec that a block is of."""

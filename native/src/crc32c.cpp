@@ -86,3 +86,21 @@ uint32_t ckpt_crc32c_combine(uint32_t crc_a, uint32_t crc_b, uint64_t nbytes_b) 
   using namespace ckpt::crc32c;
   return multiply(crc_a, power_of_bytes(nbytes_b)) ^ crc_b;
 }
+
+ckpt_status ckpt_crc32c_join(const uint32_t* crcs, const int64_t* nbytes, int64_t num_runs, const int64_t* firsts,
+                             int64_t num_groups, uint32_t* out) {
+  if (num_runs < 0 || num_groups < 0 || !firsts || (num_groups > 0 && !out) || (num_runs > 0 && (!crcs || !nbytes)))
+    return CKPT_BAD_ARGUMENT;
+  if (firsts[0] < 0 || firsts[num_groups] > num_runs) return CKPT_BAD_ARGUMENT;
+  for (int64_t g = 0; g < num_groups; ++g)
+    if (firsts[g + 1] < firsts[g]) return CKPT_BAD_ARGUMENT;
+  for (int64_t i = 0; i < num_runs; ++i)
+    if (nbytes[i] < 0) return CKPT_BAD_ARGUMENT;
+  for (int64_t g = 0; g < num_groups; ++g) {
+    uint32_t sum = 0;
+    for (int64_t i = firsts[g]; i < firsts[g + 1]; ++i)
+      sum = ckpt_crc32c_combine(sum, crcs[i], static_cast<uint64_t>(nbytes[i]));
+    out[g] = sum;
+  }
+  return CKPT_OK;
+}

@@ -228,6 +228,12 @@ void test_kernels_agree_with_table_at_every_length() {
       CHECK(ckpt_crc32c(kernel, data.get() + cut, nbytes - cut, 0, &tail) == CKPT_OK);
       CHECK(ckpt_crc32c(kernel, data.get() + cut, nbytes - cut, head, &chained) == CKPT_OK && chained == table);
       CHECK(ckpt_crc32c_combine(head, tail, nbytes - cut) == table);
+      const uint32_t runs[2] = {head, tail};
+      const int64_t sizes[2] = {static_cast<int64_t>(cut), static_cast<int64_t>(nbytes - cut)};
+      const int64_t firsts[4] = {0, 2, 2, 2}, bad[2] = {0, 3};
+      uint32_t joined[3] = {1, 1, 1};
+      CHECK(ckpt_crc32c_join(runs, sizes, 2, firsts, 3, joined) == CKPT_OK && joined[0] == table && joined[1] == 0);
+      CHECK(ckpt_crc32c_join(runs, sizes, 2, bad, 1, joined) == CKPT_BAD_ARGUMENT && joined[0] == table);
     }
   }
 }

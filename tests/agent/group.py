@@ -17,6 +17,7 @@ from ckpt.agent.identity import Identity
 from ckpt.agent.inventory import Inventory
 from ckpt.agent.local import Client, Mapped
 from ckpt.agent.owner import Owner
+from ckpt.agent.pieces import Pieces
 from ckpt.agent.protect import nbytes_needed
 from ckpt.agent.spawn import start_or_adopt
 from ckpt.config import AGENT_RECORD_BYTES_MAX, Options
@@ -48,11 +49,19 @@ class Rank:
         told = {"tell": known} if tell else {}
         self.client.call("join", {**params, "addresses": known, "parity_bytes": room, **told})
 
-    def keep(self, step: int) -> None:
-        """Stage bytes of this rank and step, and hand them over."""
+    def keep(self, step: int, *, flips_at: int | None = None) -> None:
+        """Stage bytes of this rank and step, and hand them over.
+
+        Args:
+            flips_at: a byte of which a bit flips, once the trainer has summed it up and before the agent hears of it.
+        """
         began = self.client.begin(step, attempt(step))
         content = np.random.default_rng((self.identity.rank, step)).integers(0, 256, IMAGE_BYTES, np.uint8)
-        np.frombuffer(self.mapped[began.name].memory, np.uint8)[:IMAGE_BYTES] = content
+        memory = np.frombuffer(self.mapped[began.name].memory, np.uint8)
+        memory[:IMAGE_BYTES] = content
+        summed = Pieces.of(content.data).tell(memory[IMAGE_BYTES:].data)
+        if flips_at is not None:
+            memory[flips_at] ^= 1
         self.client.call(
             "keep",
             {
@@ -61,6 +70,7 @@ class Rank:
                 "image_bytes": IMAGE_BYTES,
                 "blob_bytes": IMAGE_BYTES,
                 "changed": False,
+                "summed": summed,
             },
         )
 

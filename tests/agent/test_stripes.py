@@ -14,8 +14,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from ckpt.agent.pieces import piece_bytes_of
 from ckpt.agent.stripes import Block, Plan, Step, Stripes, encode_plan, rebuild_plan
+from ckpt.engine.keeper import piece_bytes_of
 from ckpt.errors import InvalidInputError
 from ckpt.kernels import choice, code_blocks, code_for
 

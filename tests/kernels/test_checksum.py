@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from ckpt import kernels
 from ckpt.errors import InvalidInputError
-from ckpt.kernels import choice, crc32c, crc32c_combine, crc32c_ranges
+from ckpt.kernels import choice, crc32c, crc32c_combine, crc32c_join, crc32c_ranges
 
 KERNELS = [choice.REFERENCE, *choice.available()]
 VECTORS = [
@@ -126,6 +126,24 @@ def test_combine_takes_sizes_of_any_length(kernel: str) -> None:
     zeros = crc32c(bytes(1 << 16))
     assert crc32c_combine(zeros, crc32c(bytes(5)), 5) == crc32c(bytes((1 << 16) + 5))
     assert crc32c_combine(crc32c_combine(0, 0, 2**40), 0, 2**40) == crc32c_combine(0, 0, 2**41)
+
+
+def test_runs_are_joined_to_groups(kernel: str) -> None:
+    sizes = np.array([5, 0, 100, 1, 7, 64, 300])
+    edges = np.concatenate([[0], np.cumsum(sizes)])
+    runs = np.array([crc32c(DATA[a:b]) for a, b in zip(edges, edges[1:], strict=False)], np.uint32)
+    firsts = np.array([0, 0, 3, 4, 7])
+    expected = [crc32c(DATA[edges[a] : edges[b]]) for a, b in zip(firsts, firsts[1:], strict=False)]
+    assert crc32c_join(runs, sizes, firsts).tolist() == expected
+    assert crc32c_join(runs[:0], sizes[:0], np.array([0])).shape == (0,)
+
+
+@pytest.mark.parametrize("firsts", [[0, 3], [1, 0], [-1, 1], []])
+def test_groups_of_runs_that_are_not_there_are_refused(kernel: str, firsts: list[int]) -> None:
+    with pytest.raises(InvalidInputError, match="`firsts` must"):
+        crc32c_join(np.zeros(2, np.uint32), np.ones(2, np.int64), np.array(firsts, np.int64))
+    with pytest.raises(InvalidInputError, match="negative"):
+        crc32c_join(np.zeros(1, np.uint32), np.array([-1]), np.array([0, 1]))
 
 
 def test_kernel_info_names_what_runs(kernel: str) -> None:

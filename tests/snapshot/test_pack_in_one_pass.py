@@ -62,3 +62,36 @@ def test_one_pass_gives_the_same_image_and_checksums(chunk_bytes: int, block_byt
     assert images[0] == images[1]
     assert images[0][1] == [crc32c(data[a:b]) for a, b in zip(starts.tolist(), stops.tolist(), strict=True)]
     assert data[layout.offsets[0] :][: ARRAYS[layout.source[0]].nbytes] == ARRAYS[layout.source[0]].tobytes()
+
+
+@pytest.mark.parametrize("chunk_bytes", [4096, 20480, 50_000, 1 << 20])
+@pytest.mark.parametrize(("cut_bytes", "step_bytes"), [(4096, 4096), (4096, 1 << 16), (1 << 16, 1 << 17)])
+def test_checksums_between_multiples_are_those_of_the_image(chunk_bytes: int, cut_bytes: int, step_bytes: int) -> None:
+    """Headers, objects, and what lies between fragments are in them; only those are read again."""
+    specs, pieces = pieces_of(ARRAYS)
+    payloads = [bytes(range(64)) * 100, b"short"]
+    layout = lay_out(specs, pieces.boxes, [("object", len(payloads[0])), ("other", len(payloads[1]))])
+    program = make_program(
+        layout,
+        specs,
+        pieces.boxes,
+        np.asarray(layout.source),
+        chunk_bytes=chunk_bytes,
+        block_bytes=8192,
+        cut_bytes=cut_bytes,
+    )
+    packer = Packer(bind(program, pieces), payloads, threads=2)
+    image = np.random.default_rng(5).integers(0, 256, layout.total_bytes, np.uint8)  # what an earlier step left
+    for chunk in range(program.num_chunks):
+        low, high = program.chunk_range(chunk)
+        packer.fill(chunk, image[low:high])
+        packer.checksum(chunk, image[low:high])
+    data = image.tobytes()
+    starts, stops = block_ranges(layout.offsets, layout.nbytes, 8192)
+    assert packer.checksums.tolist() == [
+        crc32c(data[a:b]) for a, b in zip(starts.tolist(), stops.tolist(), strict=True)
+    ]
+    for a, b in zip(starts.tolist(), stops.tolist(), strict=True):
+        image[a:b] = 0  # no longer looked at
+    expected = [crc32c(data[low : low + step_bytes]) for low in range(0, len(data), step_bytes)]
+    assert packer.checksums_between(image, step_bytes).tolist() == expected
