@@ -1,19 +1,23 @@
 """Snapshots in the memory of agents: what one costs, and how fast it comes back. Run: `python -m bench.memory_tier`.
 
 4 gloo ranks on one host stand for 4 nodes, each with its own agent and folders, and hold a GPT's state as FSDP2 does. In one run:
-CPU seconds of trainers and agents per GB protected, beside the sum of the parts measured alone; the time to restore from the own
-agents beside a plain memory copy and dcp.load from a cold disk; the rate of decoding a lost blob beside Flight alone that moves
-the same bytes; and the memory of the agents (PSS) beside the stated budget. Everything shares this machine's processors.
+CPU seconds of trainers and agents per GB protected, beside the sum of the parts measured alone (of all ranks at once); the time
+to restore from the own agents beside a plain memory copy and dcp.load from a cold disk; the rate of decoding a lost blob beside
+Flight alone that moves the same bytes; and the memory of the agents (PSS) beside the stated budget. Everything shares this
+machine's processors.
 """
 
 from __future__ import annotations
 
 import argparse
 import contextlib
+import json
 import os
 import shutil
 import signal
 import statistics
+import subprocess
+import sys
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -36,6 +40,7 @@ from bench.measure import measure
 from bench.ranks import Rank, run_ranks
 from bench.transport import Bare, pull_flight
 from bench.workloads import State, gpt_shapes, local_of, nbytes, scramble, sharded
+from ckpt.agent import spawn
 from ckpt.agent.decode import Blobs
 from ckpt.agent.tier import Tier
 from ckpt.config import MIB
@@ -129,14 +134,15 @@ def _protect(rank: Rank, checkpointer: ckpt.Checkpointer, tensors: State, repeat
     total = rank.total(sum(local_of(t).numel() * local_of(t).element_size() for t in tensors.values()))
     for step in range(1, repeats + 2):
         rank.together()
-        before, start = _cpu(agent), time.perf_counter()
+        agent_before, own_before, start = _cpu(agent), time.process_time(), time.perf_counter()
         pending = checkpointer.step(step, {"model": tensors})
         assert pending is not None
         stall = pending.stall_s
         pending.wait(300)
-        taken = rank.slowest(time.perf_counter() - start)
-        rank.together()
-        spent = rank.total(_cpu(agent) - before)
+        seconds_here, own_cpu = time.perf_counter() - start, time.process_time() - own_before
+        rank.together()  # its agent may still serve the others
+        spent = rank.total(own_cpu + _cpu(agent) - agent_before)
+        taken = rank.slowest(seconds_here)
         if step > 1:  # the first one connects
             seconds.append(taken)
             stalls.append(rank.slowest(stall))
@@ -146,18 +152,20 @@ def _protect(rank: Rank, checkpointer: ckpt.Checkpointer, tensors: State, repeat
 
 def _cpu(agent: psutil.Process) -> float:
     times = agent.cpu_times()
-    return time.process_time() + float(times.user + times.system)
+    return float(times.user + times.system)
 
 
 def _parts(rank: Rank, own: int) -> dict[str, float]:
-    """CPU seconds per GB of state of each part alone, both ends of the exchange counted. Rank 0 measures, the others wait."""
+    """CPU seconds per GB of state of each part alone, both ends of the exchange counted: as agents run, in a fresh process of
+    every rank, all at once, so that they share the machine as the parts of a snapshot do."""
+    nbytes = max(min(own, 256 * MIB), 16 * _CHUNK) // (4 * _CHUNK) * 4 * _CHUNK
+    command = [sys.executable, "-m", "bench.memory_tier", "--parts", str(nbytes)]
     rank.together()
-    found: dict[str, float] = {}
-    if rank.rank == 0:
-        nbytes = max(min(own, 256 * MIB), 16 * _CHUNK) // (4 * _CHUNK) * 4 * _CHUNK
-        found = _parts_alone(np.ones(nbytes, np.uint8), np.zeros(nbytes, np.uint8))
+    made = subprocess.run(
+        command, env=spawn._environment(), cwd=Path(__file__).parents[1], capture_output=True, text=True, check=True
+    )
     rank.together()
-    return found
+    return {name: rank.total(value) / rank.size for name, value in json.loads(made.stdout).items()}
 
 
 def _parts_alone(source: NDArray[np.uint8], target: NDArray[np.uint8]) -> dict[str, float]:
@@ -334,4 +342,8 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    main()
+    if sys.argv[1:2] == ["--parts"]:
+        size_of_parts = int(sys.argv[2])
+        print(json.dumps(_parts_alone(np.ones(size_of_parts, np.uint8), np.zeros(size_of_parts, np.uint8))))
+    else:
+        main()
