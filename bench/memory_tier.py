@@ -306,11 +306,13 @@ def _time_flight(ports: list[int], blob_bytes: int) -> float:
 
 def main(arguments: list[str] | None = None) -> dict[str, Any]:
     """Measure and print."""
-    return run(options.parser(__doc__ or "", repeats=5).parse_args(arguments))
+    parser = options.parser(__doc__ or "", repeats=5)
+    parser.add_argument("--width", type=int, default=768, help="of the GPT: 768 are 0.44 GB per rank, 1152 are 0.87")
+    return run(parser.parse_args(arguments))
 
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
-    size, repeats = {"layers": 12, "width": 768}, args.repeats
+    size, repeats = {"layers": 12, "width": args.width}, args.repeats
     if args.tiny:
         size, repeats = {"layers": 1, "width": 64, "vocabulary": 2570}, 1
     options.check_space(args.dir, 3 * nbytes(gpt_shapes(**size)))
