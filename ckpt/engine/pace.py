@@ -17,6 +17,7 @@ from ckpt.engine.world import World
 
 FIRST_EVERY = 10  # steps between snapshots until their cost is known
 _SKIPPED_STEPS = 2  # at the start, which are slower than others
+_AIM = 0.75  # of the limit: what costs vary by above their median, and what they cost steps beside those that they touch
 _KEPT = 64  # last steps and snapshots that figures are taken from
 
 
@@ -84,5 +85,6 @@ class Pace:
         if np.isnan(figures).any():  # every step is touched: too often to tell what one costs
             self.every *= 2
             return
-        wanted = math.ceil(float(figures[:, 0].max()) / (self._cost_max * float(figures[:, 1].min())))
+        share = _AIM * self._cost_max
+        wanted = math.ceil(float(figures[:, 0].max()) / (share * float(figures[:, 1].min())))
         self.every = max(1, min(max(wanted, self.every // 4), self.every * 8))

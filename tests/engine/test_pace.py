@@ -50,7 +50,7 @@ def train(pace: Pace, *, steps: int, step_s: float, cost_s: float, touched: int 
 @pytest.mark.parametrize("cost_s", [0.0, 0.001, 0.01, 0.1, 0.5, 3.0])
 def test_the_cost_stays_under_the_limit(cost_s: float) -> None:
     share, due = train(Pace(AloneWorld(), 0.03), steps=8000, step_s=0.1, cost_s=cost_s)
-    assert share <= 0.031
+    assert share <= 0.75 * 0.031
     assert len(due) > 5
 
 
@@ -61,7 +61,7 @@ def test_cheap_snapshots_come_at_every_step_or_nearly() -> None:
 
 def test_the_interval_is_no_longer_than_the_limit_asks_for() -> None:
     _, due = train(Pace(AloneWorld(), 0.03), steps=8000, step_s=0.1, cost_s=0.1)
-    assert 33 <= np.diff(due)[-1] <= 40  # 0.1 s in 3 % of 34 steps
+    assert 44 <= np.diff(due)[-1] <= 53  # 0.1 s in three quarters of 3 % of 45 steps
 
 
 def test_ranks_that_measure_differently_snapshot_at_the_same_steps() -> None:
