@@ -17,7 +17,7 @@ from ckpt.engine.world import World
 
 FIRST_EVERY = 10  # steps between snapshots until their cost is known
 _SKIPPED_STEPS = 2  # at the start, which are slower than others
-_AIM = 0.75  # of the limit: what costs vary by above their median, and what they cost steps beside those that they touch
+_AIM = 0.75  # of the limit: costs vary above their median, and may fall on steps that they do not seem to touch
 _KEPT = 64  # last steps and snapshots that figures are taken from
 
 
