@@ -315,7 +315,10 @@ class Member:
             memory = segment.payload()
             if blob_bytes > len(memory):
                 raise InvalidInputError(f"a blob of {blob_bytes:,} bytes in a segment of {len(memory):,}")
-            said = Pieces.told(blob_bytes, memory[blob_bytes:], call.params.get("summed"))
+            summed = call.params.get("summed")
+            said = Pieces.told(blob_bytes, memory[blob_bytes:], summed)
+            if said is None and summed is not None:
+                self._agent.log.tell("checksums-not-read", step=segment.header.step, summed=summed)
             pieces = Pieces.of(memory[:blob_bytes]) if said is None else said
             card = Card(
                 rank=membership.rank,

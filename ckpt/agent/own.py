@@ -27,9 +27,10 @@ from ckpt.agent.local import Client, Described, Mapped
 from ckpt.agent.pieces import Pieces
 from ckpt.commit.complete import Request
 from ckpt.config import AGENT_POPULATE_BYTES, AGENT_RECORD_BYTES_MAX, Options
-from ckpt.engine.keeper import Checksums, piece_bytes_of
+from ckpt.engine.keeper import Checksums
 from ckpt.engine.worker import Worker
 from ckpt.errors import AgentError, CheckpointError, PeerError, SaveFailedError
+from ckpt.format.checksum import piece_bytes_of
 from ckpt.snapshot import pinned as pins
 
 _SUMMED_BYTES_PER_S = 200e6  # at least, by an agent on a busy machine

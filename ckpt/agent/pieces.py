@@ -10,7 +10,7 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
-from ckpt.engine.keeper import piece_bytes_of
+from ckpt.format.checksum import piece_bytes_of
 from ckpt.kernels import crc32c, crc32c_combine, crc32c_join, crc32c_ranges
 
 

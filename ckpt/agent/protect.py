@@ -23,6 +23,7 @@ from ckpt.agent.transport.client import Peer
 from ckpt.agent.transport.ring import Ring
 from ckpt.config import Options
 from ckpt.errors import PeerError
+from ckpt.format.checksum import piece_bytes_of
 from ckpt.kernels.erasure import code_blocks, code_for
 
 _NOTHING = np.empty(0, np.uint8)  # a source that ends before the chunk counts as zeros
@@ -141,7 +142,9 @@ class _Encoder:
         self._member = member
         self._run_id, self._options, self._ends_at = run_id, options, ends_at
         self._code = code_for(stripes.num_data, stripes.num_parity)
-        self._chunk_bytes = min(options.peer_chunk_bytes, max(stripes.block_bytes, 1))
+        # Of whole pieces: only of those does their holder know what they were when they were sealed.
+        piece = piece_bytes_of(max(stripes.image_nbytes))
+        self._chunk_bytes = min(max(options.peer_chunk_bytes // piece, 1) * piece, max(stripes.block_bytes, 1))
         self._num_lanes = min(stripes.num_data, options.protect_streams_max)
         self._lanes = ThreadPoolExecutor(self._num_lanes, thread_name_prefix="ckpt-pull")
         self._rings: list[Ring] = []

@@ -14,8 +14,8 @@ from collections import Counter
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 
-from ckpt.engine.keeper import piece_bytes_of
 from ckpt.errors import InvalidInputError
+from ckpt.format.checksum import piece_bytes_of
 from ckpt.kernels.erasure import SOURCES_MAX, TARGETS_MAX
 
 

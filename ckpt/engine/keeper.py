@@ -14,16 +14,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ckpt.commit.complete import Request
-from ckpt.config import KIB, MIB
 from ckpt.store.base import Store
 
-_SMALL_BYTES = 16 * MIB  # up to here, an image has pieces of a page
 Checksums = Callable[[int], NDArray[np.uint32]]
-
-
-def piece_bytes_of(nbytes: int) -> int:
-    """Of the pieces of an image, or of what is protected of it, whose checksums go with it. Multiples of all smaller ones."""
-    return 4 * KIB if nbytes <= _SMALL_BYTES else 256 * KIB
 
 
 class Follower(Protocol):

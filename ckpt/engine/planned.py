@@ -15,11 +15,10 @@ from numpy.typing import NDArray
 
 from ckpt.collector import collector_paused
 from ckpt.engine.agree import agree, find_disagreements, names_by_hash
-from ckpt.engine.keeper import piece_bytes_of
 from ckpt.engine.structure import Digests
 from ckpt.engine.world import World
 from ckpt.errors import CheckpointError, RankFailedError
-from ckpt.format.checksum import choose_block_bytes
+from ckpt.format.checksum import choose_block_bytes, piece_bytes_of
 from ckpt.format.image import lay_out
 from ckpt.format.spec import LocalState, TensorSpec
 from ckpt.layout.box import BoxTable, Int64Array

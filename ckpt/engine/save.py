@@ -227,7 +227,7 @@ class SaveSession:
                 receipt=payload,
                 request=attempt.request,
                 changed=attempt.changed,
-                checksums=lambda piece_bytes: attempt.packer.checksums_between(memory[:nbytes], piece_bytes),
+                checksums=attempt.packer.checksums_between,
             )
         attempt.sealed = True
         if not attempt.to_store:

@@ -10,12 +10,13 @@ import hashlib
 
 import numpy as np
 
-from ckpt.config import KIB
+from ckpt.config import KIB, MIB
 from ckpt.layout.box import Int64Array
 
 BLOCK_BYTES_MIN = 64 * KIB
 BLOCK_BYTES_MAX = 1024 * KIB
 DIGEST_BYTES = 32  # of a fragment: SHA-256
+_SMALL_BYTES = 16 * MIB  # up to here, an image has pieces of a page
 BLOCKS_MAX = 1 << 20  # of one checkpoint: larger ones get larger blocks
 
 
@@ -46,3 +47,8 @@ def block_ranges(offsets: Int64Array, nbytes: Int64Array, block_bytes: int) -> t
     number = np.arange(int(counts.sum())) - np.repeat(np.cumsum(counts) - counts, counts)
     starts = np.repeat(offsets, counts) + number * block_bytes
     return starts, np.minimum(starts + block_bytes, np.repeat(offsets + nbytes, counts))
+
+
+def piece_bytes_of(nbytes: int) -> int:
+    """Of the pieces of an image, or of what agents protect of it, whose checksums go with it: a multiple of all smaller ones."""
+    return 4 * KIB if nbytes <= _SMALL_BYTES else 256 * KIB

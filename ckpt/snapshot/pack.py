@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from ckpt.errors import InvalidInputError
 from ckpt.format.checksum import block_ranges
 from ckpt.format.image import ImageLayout
 from ckpt.format.spec import PieceTable, TensorSpec
@@ -270,24 +271,29 @@ class Packer:
         firsts = np.searchsorted(program.segment_block, np.arange(program.num_blocks + 1))
         return crc32c_join(self._crc, program.segment_stop - program.segment_start, firsts)
 
-    def checksums_between(self, image: NDArray[np.uint8], step_bytes: int) -> NDArray[np.uint32]:
+    def checksums_between(self, step_bytes: int) -> NDArray[np.uint32]:
         """[P] of each `step_bytes` of the image, the last of which may be fewer. All chunks have been summed.
 
+        Nothing is read from the image: what no block covers is summed as it was given.
+
         Args:
-            image: its bytes, of which only those are read that no block covers.
             step_bytes: a multiple of the `cut_bytes` that the program was made with.
         """
         program, total = self._program, self._program.layout.total_bytes
-        assert program.cut_bytes and step_bytes % program.cut_bytes == 0, (program.cut_bytes, step_bytes)
-        starts, stops = program.segment_start, program.segment_stop
-        low, high = np.concatenate([[0], stops]), np.concatenate([starts, [total]])
-        low, high, _ = _cut_segments(low[low < high], high[low < high], step_bytes)
-        first = np.concatenate([starts, low])
-        order = np.argsort(first, kind="stable")
-        crcs = np.concatenate([self._crc, crc32c_ranges(image, low, high)])[order]
-        nbytes = np.concatenate([stops - starts, high - low])[order]
+        first, nbytes, crcs = [program.segment_start], [program.segment_stop - program.segment_start], [self._crc]
+        for offset, data in self._raw:
+            if data:
+                low, high, _ = _cut_segments(np.array([offset]), np.array([offset + len(data)]), step_bytes)
+                first, nbytes = [*first, low], [*nbytes, high - low]
+                crcs.append(crc32c_ranges(data, low - offset, high - offset))
+        starts, sizes = np.concatenate(first), np.concatenate(nbytes)
+        if not program.cut_bytes or step_bytes % program.cut_bytes or int(sizes.sum()) != total:
+            raise InvalidInputError(
+                f"no checksums of each {step_bytes} bytes: the image of {total} bytes is cut at {program.cut_bytes}"
+            )
+        order = np.argsort(starts, kind="stable")
         edges = np.arange(-(-total // step_bytes) + 1) * step_bytes
-        return crc32c_join(crcs, nbytes, np.searchsorted(first[order], edges))
+        return crc32c_join(np.concatenate(crcs)[order], sizes[order], np.searchsorted(starts[order], edges))
 
     def tensor_of_block(self, block: int) -> int:
         """Number of the spec that a block is of."""

@@ -11,7 +11,7 @@ import torch
 from ckpt.agent.local import Client
 from ckpt.agent.pieces import Pieces
 from ckpt.config import MIB, Options
-from ckpt.engine.keeper import piece_bytes_of
+from ckpt.format.checksum import piece_bytes_of
 from ckpt.kernels import crc32c
 from tests.agent.conftest import Make
 from tests.agent.group import IMAGE_BYTES, Group, attempt, quick

@@ -92,7 +92,32 @@ def test_what_a_member_has_in_memory_does_not_grow_with_its_group(
     assert CHUNK <= ring_bytes.most <= streams * 2 * CHUNK
 
 
-def parity_of(rank: int, blobs: list[bytes], parity: int, peers: dict[int, Any]) -> bytes:
+@pytest.mark.parametrize("chunk_bytes", [1000, 5000, 100_000])
+def test_chunks_are_of_whole_pieces_whatever_the_options_say(chunk_bytes: int) -> None:
+    """Of others nobody knows what they were when they were sealed."""
+    asked: list[tuple[int, int]] = []
+
+    class Known(Blob):
+        def checksum(self, key: Key, start: int, stop: int) -> int | None:
+            asked.append((start, stop))
+            return None
+
+    blobs = [content(100_001 - 999 * rank, seed=rank) for rank in range(3)]
+    options = Options(peer_chunk_bytes=chunk_bytes)
+    with contextlib.ExitStack() as stack:
+        servers = [
+            stack.enter_context(Server(Known(blob), credentials(str(rank)), host="127.0.0.1"))
+            for rank, blob in enumerate(blobs)
+        ]
+        peers = {rank: Peer(one.address, credentials("me"), options) for rank, one in enumerate(servers)}
+        made = parity_of(2, blobs, 1, peers, options)
+    assert made == expected_parity(2, blobs, 1)
+    ends = {len(blob) for blob in blobs}
+    assert len(asked) >= 2
+    assert all(start % 4096 == 0 and (stop % 4096 == 0 or stop in ends) for start, stop in asked)
+
+
+def parity_of(rank: int, blobs: list[bytes], parity: int, peers: dict[int, Any], options: Options = OPTIONS) -> bytes:
     members = tuple(range(len(blobs)))
     cards = tuple(
         Card(
@@ -103,7 +128,7 @@ def parity_of(rank: int, blobs: list[bytes], parity: int, peers: dict[int, Any])
     )  # fmt: skip
     memory = bytearray(stripes_of(blobs, parity).parity_nbytes)
     ends_at = time.monotonic() + 60
-    protect.make_parity(cards, rank, peers, memoryview(memory), run_id=RUN, options=OPTIONS, ends_at=ends_at)
+    protect.make_parity(cards, rank, peers, memoryview(memory), run_id=RUN, options=options, ends_at=ends_at)
     return bytes(memory)
 
 

@@ -15,8 +15,8 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from ckpt.agent.stripes import Block, Plan, Step, Stripes, encode_plan, rebuild_plan
-from ckpt.engine.keeper import piece_bytes_of
 from ckpt.errors import InvalidInputError
+from ckpt.format.checksum import piece_bytes_of
 from ckpt.kernels import choice, code_blocks, code_for
 
 Bytes = NDArray[np.uint8]

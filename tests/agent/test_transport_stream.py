@@ -14,7 +14,8 @@ import pyarrow.flight as flight
 import pytest
 
 from ckpt.agent.transport import Peer, wire
-from ckpt.agent.transport.server import SCHEMA
+from ckpt.agent.transport.ring import Ring
+from ckpt.agent.transport.server import SCHEMA, flight_error
 from ckpt.agent.transport.sessions import Session, Sessions
 from ckpt.errors import PeerError
 from ckpt.kernels import crc32c
@@ -31,6 +32,8 @@ class Scripted(flight.FlightServerBase):  # type: ignore[misc]
     def __init__(self) -> None:
         self.script: Callable[[Session, dict[str, Any]], list[Message]] = right
         self.schema = SCHEMA
+        self.raises: str | None = None  # after the script
+        self.asked = 0
         self._sessions = Sessions(credentials("server"), session_s=100.0, clock=lambda: 1.0)
         super().__init__("grpc+tcp://127.0.0.1:0")
 
@@ -41,11 +44,14 @@ class Scripted(flight.FlightServerBase):  # type: ignore[misc]
 
     def do_get(self, context: Any, ticket: flight.Ticket) -> flight.GeneratorStream:
         session, body = self._sessions.open("get", ticket.ticket, None)
+        self.asked += 1
 
         def batches() -> Iterator[tuple[pa.RecordBatch, bytes]]:
             for data, beside in self.script(session, body):
                 column = pa.array(list(data), self.schema.field(0).type)
                 yield pa.RecordBatch.from_arrays([column], schema=self.schema), beside
+            if self.raises is not None:
+                raise flight_error(self.raises, "it is over")
 
         return flight.GeneratorStream(self.schema, batches())
 
@@ -92,6 +98,43 @@ def test_right_stream_is_taken(server: Scripted) -> None:
 def test_stream_that_ends_cleanly_at_any_message_is_truncated(server: Scripted) -> None:
     kinds = [kind_of(server, lambda s, b, n=n: right(s, b)[:n]) for n in range(4)]
     assert kinds == ["peer-truncated"] * 4
+
+
+@pytest.mark.parametrize(
+    ("first", "asked", "kind"), [(0, 2, "peer-no-session"), (1, 1, "peer-truncated"), (2, 1, "peer-truncated")]
+)
+def test_a_session_that_is_lost_is_asked_for_again_only_before_the_first_chunk(
+    server: Scripted, first: int, asked: int, kind: str
+) -> None:
+    """Or a ring would get the first chunks twice, and its reader take them for the next ones."""
+    peer = Peer(f"127.0.0.1:{server.port}", credentials(), OPTIONS, member="server")
+    ring = Ring(chunk_bytes=100, depth=8)
+    server.script, server.raises, server.asked = lambda s, b: right(s, b)[:first], "peer-no-session", 0
+    try:
+        with pytest.raises(PeerError) as caught:
+            peer.pull_through(IMAGE, 0, 300, ring, deadline_s=10)
+    finally:
+        server.raises = None
+    assert (caught.value.kind, server.asked) == (kind, asked)
+    for part in PARTS[:first]:
+        assert ring.take(ends_at=0.0).tobytes() == part
+        ring.give_back()
+    with pytest.raises(PeerError):
+        ring.take(ends_at=0.0)
+
+
+def test_a_damaged_chunk_never_reaches_the_reader_of_a_ring(server: Scripted) -> None:
+    peer = Peer(f"127.0.0.1:{server.port}", credentials(), OPTIONS, member="server")
+    ring = Ring(chunk_bytes=100, depth=8)
+    wrong = (PARTS[1][:50] + bytes([PARTS[1][50] ^ 8]) + PARTS[1][51:], chunks()[1][1])
+    server.script = lambda s, b: [chunks()[0], wrong, chunks()[2], end(s, b)]
+    with pytest.raises(PeerError) as caught:
+        peer.pull_through(IMAGE, 0, 300, ring, deadline_s=10)
+    assert caught.value.kind == "peer-damaged"
+    assert ring.take(ends_at=0.0).tobytes() == PARTS[0]
+    ring.give_back()
+    with pytest.raises(PeerError, match="is damaged"):
+        ring.take(ends_at=0.0)
 
 
 def test_trailer_after_too_few_chunks_is_truncated(server: Scripted) -> None:

@@ -378,7 +378,7 @@ class _Target(Protocol):
         """Whether there is a chunk of this size at byte `at`."""
 
     def put(self, at: int, source: NDArray[np.uint8], errand: Errand[Any]) -> int:
-        """Put a chunk in its place; the CRC-32C of what is there."""
+        """Put a chunk in its place, unless it stays where it is; the CRC-32C of what is there."""
 
     def landed(self, source: NDArray[np.uint8]) -> None:
         """The chunk put last is what was sent."""

@@ -19,7 +19,9 @@ def peer_error(error: Exception, address: str, *, started: bool) -> PeerError:
     """What happened, by what the peer said where it said something. `started`: bytes of a transfer had arrived."""
     told = _told(error)
     if told is not None:
-        return PeerError(f"{address}: {told[1]}", kind=told[0])
+        # What is asked for again begins at the first byte, where some bytes may have been taken already.
+        is_late = started and told[0] == "peer-no-session"
+        return PeerError(f"{address}: {told[1]}", kind="peer-truncated" if is_late else told[0])
     kind = "peer-damaged"
     if isinstance(error, flight.FlightTimedOutError):
         kind = "peer-late"
