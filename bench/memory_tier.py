@@ -162,7 +162,7 @@ def _parts(rank: Rank, own: int) -> dict[str, float]:
     command = [sys.executable, "-m", "bench.memory_tier", "--parts", str(nbytes)]
     rank.together()
     made = subprocess.run(
-        command, env=spawn._environment(), cwd=Path(__file__).parents[1], capture_output=True, text=True, check=True
+        command, env=spawn._environment(), cwd=Path(__file__).parents[1], stdout=subprocess.PIPE, text=True, check=True
     )
     rank.together()
     return {name: rank.total(value) / rank.size for name, value in json.loads(made.stdout).items()}

@@ -81,7 +81,8 @@ ckpt_status ckpt_crc32c_ranges(ckpt_kernel kernel, const void *data, uint64_t nb
 uint32_t ckpt_crc32c_combine(uint32_t crc_a, uint32_t crc_b, uint64_t nbytes_b);
 
 /* out[g] = CRC-32C of runs [firsts[g] .. firsts[g + 1]) one after the other, from those of each run and their sizes: 0 for a
- * group of none. `firsts` is [num_groups + 1] and ascends within [0, num_runs], else CKPT_BAD_ARGUMENT and `out` is untouched. */
+ * group of none. `firsts` is [num_groups + 1] and ascends within [0, num_runs], no size is
+ * negative, else CKPT_BAD_ARGUMENT and `out` is untouched. */
 ckpt_status ckpt_crc32c_join(const uint32_t *crcs, const int64_t *nbytes, int64_t num_runs, const int64_t *firsts,
                              int64_t num_groups, uint32_t *out);
 
